@@ -1,0 +1,69 @@
+# Everything works from a fresh clone: each target makes the virtual environment and the build it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Compile only for the GPUs of this machine; without one, for Hopper.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';' -)
+export TORCH_CUDA_ARCH_LIST ?= $(if $(GPUS),$(GPUS),9.0)
+
+# With ccache, an unchanged file compiles in no time. Its folder of compiler names is used rather than
+# CXX="ccache c++", which torch takes for a compiler called ccache.
+ifneq ($(wildcard /usr/lib/ccache/c++),)
+export PATH := /usr/lib/ccache:$(PATH)
+export PYTORCH_NVCC ?= ccache nvcc
+endif
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
+
+.PHONY: help venv build test test-gpu lint format demo bench clean
+
+help:
+	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
+	@echo "make test    set up, build, and run the test suite"
+	@echo "make bench   set up, build, and measure every operator against its peers"
+	@echo "make lint    check formatting and style       make format   mend them"
+	@echo "make build   set up and build                 make clean    remove the build"
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'liger-ops needs Python 3.10 or newer')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@# An NVIDIA GPU without a CUDA toolkit: the compiler comes as wheels, beside torch.
+	if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && ! command -v nvcc >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet 'cuda-toolkit[nvcc,nvvm,crt,cccl,cudart]==13.0.2'; fi
+	touch $@
+
+venv: $(VENV)/installed
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . --verbose
+	touch $@
+
+build: $(VENV)/built
+
+test: build
+	$(BIN)/python -m pytest
+
+test-gpu: build
+	$(BIN)/python -m pytest -m "gpu or slow"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+demo: build
+	$(BIN)/python examples/finetune.py
+
+bench: build
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf build dist *.egg-info liger_ops/_C*.so liger_ops/_build_info.json $(VENV)/built

@@ -1,0 +1,21 @@
+// Included once per instruction set; see kernels.h.
+
+#include "cpu/vec.h"
+
+#include "cpu/rms_norm_kernel.h"
+#include "cpu/rope_kernel.h"
+#include "cpu/swiglu_kernel.h"
+
+namespace liger::cpu {
+inline namespace CPU_CAPABILITY {
+
+constexpr Kernels kKernelTable = {
+    .rms_norm_forward = rms_norm_forward,
+    .rms_norm_backward = rms_norm_backward,
+    .rope = rope,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace liger::cpu

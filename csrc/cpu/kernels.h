@@ -1,0 +1,78 @@
+#pragma once
+
+// The vectorised CPU loops. Each is compiled once per instruction set (kernels_default.cpp, kernels_avx2.cpp,
+// kernels_avx512.cpp, from the same <op>_kernel.h files); kernels() picks the set that PyTorch picked for
+// this machine, so ATEN_CPU_CAPABILITY works here too and one binary runs everywhere.
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace liger::cpu {
+
+struct RmsNormForward {
+  at::ScalarType dtype, weight_dtype;
+  const void* x;       // [rows, cols], row stride x_stride
+  const void* weight;  // [cols] or null
+  void* y;             // [rows, cols] contiguous
+  void* rstd;          // [rows]
+  int64_t rows, cols, x_stride;
+  double eps, offset;
+  bool round_normalized;
+};
+
+struct RmsNormBackward {
+  at::ScalarType dtype, weight_dtype;
+  const void* dy;      // [rows, cols], row stride dy_stride
+  const void* x;       // [rows, cols], row stride x_stride
+  const void* weight;  // [cols] or null
+  const void* rstd;    // [rows]
+  void* dx;            // [rows, cols] contiguous, or null
+  void* partial;       // [row_blocks, cols] in the accumulate type, or null
+  void* dweight;       // [cols], or null
+  int64_t rows, cols, dy_stride, x_stride, row_blocks;
+  double offset;
+  bool round_normalized;
+};
+
+// One of q and k. The strides are in elements; the last dimension of x and out has stride 1.
+struct RopeTensor {
+  const void* x;
+  void* out;
+  int64_t heads;
+  int64_t x_strides[3];    // batch, head, position
+  int64_t out_strides[3];  // batch, head, position
+};
+
+struct Rope {
+  at::ScalarType dtype, angle_dtype;
+  RopeTensor tensors[2];
+  const void* cos;
+  const void* sin;
+  int64_t batch, positions, head_dim, rotary_dim;
+  int64_t cos_strides[2], sin_strides[2];  // batch (0 when shared), position
+  bool inverse;                            // the transposed rotation, for backward
+};
+
+struct Swiglu {
+  at::ScalarType dtype;
+  const void* gate;  // [rows, cols], row stride gate_stride
+  const void* up;    // [rows, cols], row stride up_stride
+  const void* dout;  // backward: [rows, cols], row stride dout_stride
+  void* out;         // forward: [rows, cols] contiguous
+  void* dgate;       // backward: [rows, cols] contiguous
+  void* dup;         // backward: [rows, cols] contiguous
+  int64_t rows, cols, gate_stride, up_stride, dout_stride;
+};
+
+struct Kernels {
+  void (*rms_norm_forward)(const RmsNormForward&);
+  void (*rms_norm_backward)(const RmsNormBackward&);
+  void (*rope)(const Rope&);
+  void (*swiglu_forward)(const Swiglu&);
+  void (*swiglu_backward)(const Swiglu&);
+};
+
+const Kernels& kernels();
+
+}  // namespace liger::cpu

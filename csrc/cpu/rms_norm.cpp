@@ -1,0 +1,78 @@
+#include "ops/rms_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "ops/checks.h"
+#include "ops/rows.h"
+
+namespace liger {
+
+namespace {
+
+// Enough blocks to occupy any machine, few enough that their partial sums stay in cache.
+constexpr int64_t kMaxRowBlocks = 128;
+constexpr int64_t kMinRowsPerBlock = 4;
+
+int64_t row_blocks(int64_t rows) { return std::clamp<int64_t>(rows / kMinRowsPerBlock, 1, kMaxRowBlocks); }
+
+}  // namespace
+
+TensorPair rms_norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
+    double offset, std::string_view casting_mode) {
+  const bool round_normalized = check_rms_norm(x, weight, eps, casting_mode);
+  auto y = at::empty(x.sizes(), x.options());
+  auto rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(accumulate_type(x.scalar_type())));
+  const auto x_rows = as_rows(x);
+  const auto dense_weight = weight ? weight->contiguous() : at::Tensor();
+  cpu::kernels().rms_norm_forward(cpu::RmsNormForward{.dtype = x.scalar_type(),
+      .weight_dtype = weight ? weight->scalar_type() : x.scalar_type(),
+      .x = x_rows.data(),
+      .weight = weight ? dense_weight.const_data_ptr() : nullptr,
+      .y = y.mutable_data_ptr(),
+      .rstd = rstd.mutable_data_ptr(),
+      .rows = x_rows.rows,
+      .cols = x_rows.cols,
+      .x_stride = x_rows.stride,
+      .eps = eps,
+      .offset = offset,
+      .round_normalized = round_normalized});
+  return {y, rstd};
+}
+
+TensorPair rms_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
+  const bool round_normalized = check_rms_norm_backward(dy, x, weight, rstd, casting_mode, need_dweight);
+  auto dx = at::empty(need_dx ? x.sizes() : at::IntArrayRef{0}, x.options());
+  auto dweight = need_dweight ? at::empty(weight->sizes(), weight->options()) : at::empty({0}, x.options());
+  const auto x_rows = as_rows(x);
+  const auto dy_rows = as_rows(dy);
+  const auto dense_weight = weight ? weight->contiguous() : at::Tensor();
+  const auto dense_rstd = rstd.contiguous();
+  const int64_t blocks = row_blocks(x_rows.rows);
+  const auto partial =
+      need_dweight ? at::empty({blocks, x_rows.cols}, dense_rstd.options()) : at::empty({0}, rstd.options());
+  cpu::kernels().rms_norm_backward(cpu::RmsNormBackward{.dtype = x.scalar_type(),
+      .weight_dtype = weight ? weight->scalar_type() : x.scalar_type(),
+      .dy = dy_rows.data(),
+      .x = x_rows.data(),
+      .weight = weight ? dense_weight.const_data_ptr() : nullptr,
+      .rstd = dense_rstd.const_data_ptr(),
+      .dx = need_dx ? dx.mutable_data_ptr() : nullptr,
+      .partial = need_dweight ? partial.mutable_data_ptr() : nullptr,
+      .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
+      .rows = x_rows.rows,
+      .cols = x_rows.cols,
+      .dy_stride = dy_rows.stride,
+      .x_stride = x_rows.stride,
+      .row_blocks = blocks,
+      .offset = offset,
+      .round_normalized = round_normalized});
+  return {dx, dweight};
+}
+
+}  // namespace liger

@@ -1,0 +1,23 @@
+#pragma once
+
+// Typed handles to the library's own operators, and what the Autograd and Autocast kernels share.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace liger {
+
+// The handle of `liger::<name>` for the C++ signature of `function`. Keep the result in a local static: the
+// lookup takes a lock.
+template <typename Function>
+auto find_operator(const char* name, Function* /*signature*/) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+// Opens the way past Autocast: whatever runs below keeps the dtypes it is given.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace liger

@@ -1,0 +1,153 @@
+#include "ops/rms_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops/checks.h"
+#include "ops/dispatch.h"
+
+namespace liger {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+TensorPair rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, double offset,
+    std::string_view casting_mode) {
+  static const auto op = find_operator("liger::rms_norm", rms_norm);
+  return op.call(x, weight, eps, offset, casting_mode);
+}
+
+TensorPair rms_norm_backward(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
+  static const auto op = find_operator("liger::rms_norm_backward", rms_norm_backward);
+  return op.call(dy, x, weight, rstd, offset, casting_mode, need_dx, need_dweight);
+}
+
+namespace {
+
+bool rounds_normalized(const char* op, std::string_view casting_mode) {
+  TORCH_CHECK_VALUE(casting_mode == "llama" || casting_mode == "gemma" || casting_mode == "none",
+      "liger::", op, ": casting_mode must be \"llama\", \"gemma\" or \"none\", got \"",
+      std::string(casting_mode), "\"");
+  return casting_mode == "llama";
+}
+
+void check_input_and_weight(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight) {
+  const Argument x_arg{op, "x", x};
+  check_floating(x_arg);
+  check_dim_at_least(x_arg, 1);
+  if (weight) {
+    const Argument weight_arg{op, "weight", *weight};
+    check_same_device(weight_arg, x_arg);
+    check_same_dtype_or_float32(weight_arg, x_arg);
+    check_vector(weight_arg, x.sym_size(-1), "last dimension of x");
+  }
+}
+
+}  // namespace
+
+bool check_rms_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, std::string_view casting_mode) {
+  check_input_and_weight("rms_norm", x, weight);
+  TORCH_CHECK_VALUE(eps >= 0, "liger::rms_norm: eps must not be negative, got ", eps);
+  return rounds_normalized("rms_norm", casting_mode);
+}
+
+bool check_rms_norm_backward(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, std::string_view casting_mode,
+    bool need_dweight) {
+  constexpr auto op = "rms_norm_backward";
+  check_input_and_weight(op, x, weight);
+  const Argument x_arg{op, "x", x};
+  const Argument dy_arg{op, "dy", dy};
+  check_same_device(dy_arg, x_arg);
+  check_same_dtype(dy_arg, x_arg);
+  check_same_shape(dy_arg, x_arg);
+  const Argument rstd_arg{op, "rstd", rstd};
+  check_same_device(rstd_arg, x_arg);
+  TORCH_CHECK_TYPE(rstd.scalar_type() == accumulate_type(x.scalar_type()), "liger::", op,
+      ": rstd must have dtype ", dtype_name(accumulate_type(x.scalar_type())), ", got ",
+      dtype_name(rstd.scalar_type()));
+  check_leading_shape(rstd_arg, x_arg, x.dim() - 1);
+  TORCH_CHECK_VALUE(
+      weight.has_value() || !need_dweight, "liger::", op, ": need_dweight requires a weight, got none");
+  return rounds_normalized(op, casting_mode);
+}
+
+TensorPair rms_norm_meta(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
+    double /*offset*/, std::string_view casting_mode) {
+  check_rms_norm(x, weight, eps, casting_mode);
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
+  return {at::empty_symint(x.sym_sizes(), x.options()),
+      at::empty_symint(leading, x.options().dtype(accumulate_type(x.scalar_type())))};
+}
+
+TensorPair rms_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double /*offset*/,
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
+  check_rms_norm_backward(dy, x, weight, rstd, casting_mode, need_dweight);
+  return {need_dx ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options()),
+      need_dweight ? at::empty_symint(weight->sym_sizes(), weight->options()) : at::empty({0}, x.options())};
+}
+
+namespace {
+
+class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  // rstd leaves through a pointer: a returned tensor would have to be marked non-differentiable, which
+  // compiled autograd does not support.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, double offset,
+      std::string_view casting_mode, at::Tensor* rstd_out, const std::optional<at::Tensor>& weight) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [y, rstd] = rms_norm(x, weight, eps, offset, casting_mode);
+    ctx->save_for_backward({x, weight.value_or(at::Tensor()), rstd});
+    ctx->saved_data["offset"] = offset;
+    ctx->saved_data["casting_mode"] = std::string(casting_mode);
+    ctx->set_materialize_grads(false);
+    *rstd_out = rstd;
+    return {y};
+  }
+
+  // d x = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight);  d weight = sum over rows of dy * n.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(6);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
+    const bool need_dx = ctx->needs_input_grad(0);
+    const bool need_dweight = weight && ctx->needs_input_grad(1);
+    auto [dx, dweight] =
+        rms_norm_backward(grads[0], saved[0], weight, saved[2], ctx->saved_data["offset"].toDouble(),
+            ctx->saved_data["casting_mode"].toStringRef(), need_dx, need_dweight);
+    if (need_dx) result[0] = dx;
+    if (need_dweight) result[5] = dweight;
+    return result;
+  }
+};
+
+}  // namespace
+
+TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
+    double offset, std::string_view casting_mode) {
+  at::Tensor rstd;
+  auto y = RmsNormFunction::apply(x, eps, offset, casting_mode, &rstd, weight);
+  return {y[0], rstd};
+}
+
+TensorPair rms_norm_autocast(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
+    double offset, std::string_view casting_mode) {
+  NoAutocast guard;
+  return rms_norm(x, weight, eps, offset, casting_mode);
+}
+
+TensorPair rms_norm_backward_autocast(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
+  NoAutocast guard;
+  return rms_norm_backward(dy, x, weight, rstd, offset, casting_mode, need_dx, need_dweight);
+}
+
+}  // namespace liger

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+import torch
+
+# Two cores are what the smallest machine has; one setting everywhere keeps CPU results comparable.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc):
+    from tests.contract import parametrize
+
+    parametrize(metafunc)

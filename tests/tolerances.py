@@ -1,0 +1,59 @@
+"""How far a result may be from its float64 reference, as a function of dtype and reduction length.
+
+With u the unit roundoff of the dtype (half its eps) and e the eps of the dtype that sums run in:
+
+- each of the `roundings` to the dtype on the way to an element moves it by at most u times its size. Where an
+  element is a sum, its terms were rounded, and the element itself may be smaller than they are; the root mean
+  square of the result stands for their size. Hence `roundings * u * (|reference| + rms(reference))`.
+- a sum of n terms in any order errs by at most n e times the largest partial sum, and by about sqrt(n) e for
+  rounding errors of random sign. Hence `4 * e * sqrt(n) * max(|reference|)`; the 4 covers the few operations
+  around the sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allowed_error(reference: Tensor, dtype: torch.dtype, terms: int, roundings: int = 2) -> Tensor:
+    """Elementwise bound on |result - reference| for a float64 reference."""
+    u = torch.finfo(dtype).eps / 2
+    e = torch.finfo(accumulate_dtype(dtype)).eps
+    size = reference.abs()
+    if reference.numel() == 0:
+        return size
+    rms = reference.pow(2).mean().sqrt()
+    return roundings * u * (size + rms) + 4 * e * math.sqrt(max(terms, 1)) * size.max()
+
+
+def assert_within(
+    result: Tensor,
+    reference: Tensor,
+    *,
+    dtype: torch.dtype,
+    terms: int,
+    roundings: int = 2,
+    name: str = "result",
+) -> None:
+    """Fails with the largest errors and the share of the budget they use."""
+    assert result.shape == reference.shape, f"{name}: shape {result.shape}, reference {reference.shape}"
+    reference = reference.detach().to("cpu", torch.float64)
+    error = (result.detach().to("cpu", torch.float64) - reference).abs()
+    if error.numel() == 0:
+        return
+    allowed = allowed_error(reference, dtype, terms, roundings)
+    finite = bool(torch.isfinite(error).all())
+    # A reference of exactly 0 everywhere leaves no budget: then the result must be 0.
+    share = torch.where(error == 0, torch.zeros_like(error), error / allowed).max().item()
+    relative = (error / reference.abs().clamp_min(torch.finfo(torch.float64).tiny)).max().item()
+    assert finite and share <= 1, (
+        f"{name} ({dtype}): max absolute error {error.max().item():.3e}, max relative error {relative:.3e}, "
+        f"{100 * share:.0f} % of the error budget"
+    )
