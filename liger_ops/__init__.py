@@ -1,7 +1,8 @@
 """Fused kernels for training LLMs, as first-class PyTorch operators.
 
-Importing this package loads the compiled library and registers `torch.ops.liger`. `liger_ops.functional`
-has the documented functions, `liger_ops.nn` the modules, and `liger_ops.transformers` patches Hugging Face models.
+Importing this package loads the compiled library and registers `torch.ops.liger`.
+`liger_ops.functional` has the documented functions, `liger_ops.nn` the modules, and
+`liger_ops.transformers` patches Hugging Face models.
 """
 
 from liger_ops._library import build_info, load, operators

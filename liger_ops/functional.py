@@ -1,9 +1,10 @@
 """The operators as documented functions on tensors.
 
-Each function returns what a model uses; the statistics that backward needs stay inside. All of them work in
-eager code, under `torch.compile(fullgraph=True)`, `torch.export`, autocast and CUDA graphs, on CPU and CUDA,
-for float64, float32, bfloat16 and float16. Sums run in float32 (float64 for float64). Inputs are never modified,
-and results are bitwise reproducible from run to run. Second derivatives are not implemented.
+Each function returns what a model uses; the statistics that backward needs stay inside. All of them work
+in eager code, under `torch.compile(fullgraph=True)`, `torch.export`, autocast and CUDA graphs, on CPU and
+CUDA, for float64, float32, bfloat16 and float16. Sums run in float32 (float64 for float64). Inputs are
+never modified, and results are bitwise reproducible from run to run. Second derivatives are not
+implemented.
 """
 
 from __future__ import annotations

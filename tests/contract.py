@@ -362,18 +362,16 @@ class OperatorContract:
 
     @pytest.mark.gpu
     def test_cuda_graph(self, case):
-        inputs = self.inputs(case, "cuda", torch.float32)
-        expected_outputs, expected_gradients = self.run_with_gradients(inputs)
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        # Everything on the capturing stream from the start: autograd returns a leaf's gradient on the stream
+        # that the leaf was first used on.
         with torch.cuda.stream(stream):
-            upstream = [g.clone() for g in self.upstream(tuple(expected_outputs))]
-            for _ in range(2):
-                outputs = self.run(inputs)
-                torch.autograd.grad(outputs, self.leaves(inputs), upstream)
-        torch.cuda.current_stream().wait_stream(stream)
+            inputs = self.inputs(case, "cuda", torch.float32)
+            expected_outputs, expected_gradients = self.run_with_gradients(inputs)
+            upstream = self.upstream(tuple(expected_outputs))
+        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             outputs = self.run(inputs)
             gradients = torch.autograd.grad(outputs, self.leaves(inputs), upstream)
         for _ in range(2):
