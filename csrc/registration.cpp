@@ -7,6 +7,9 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "ops/cross_entropy.h"
+#include "ops/dispatch.h"
+#include "ops/fused_linear_cross_entropy.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
@@ -33,6 +36,56 @@ TORCH_LIBRARY(liger, m) {
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
+
+  // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
+  // z_loss is the part of loss that lse_square_scale adds. Only loss is differentiable.
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, str reduction=\"mean\") "
+      "-> "
+      "(Tensor loss, Tensor z_loss, Tensor lse)",
+      kTags);
+  // cross_entropy with what its backward needs.
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float lse_square_scale, float? softcap, str reduction) -> "
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor lse_low, Tensor totals)",
+      kTags);
+  m.def(
+      "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, "
+      "Tensor lse_low, Tensor totals, int ignore_index, float label_smoothing, float lse_square_scale, "
+      "float? softcap, str reduction) -> Tensor dlogits",
+      kTags);
+
+  // loss, z_loss, lse: as cross_entropy of logits = input @ weight^T + bias. num_items (one element) replaces
+  // the divisor of "mean". compute_dtype: dtype of the matrix products; autocast sets it.
+  m.def(
+      "fused_linear_cross_entropy(Tensor input, Tensor weight, Tensor target, Tensor? bias=None, "
+      "Tensor? ce_weight=None, int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
+      "float? softcap=None, str reduction=\"mean\", Tensor? num_items=None, ScalarType? accum_dtype=None, "
+      "int? workspace_bytes=None, ScalarType? compute_dtype=None) -> (Tensor loss, Tensor z_loss, Tensor "
+      "lse)",
+      kTags);
+  // "mean" and "sum": the loss, and the gradients for an upstream gradient of 1, times grad_scale in float16.
+  m.def(
+      "fused_linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, "
+      "Tensor? ce_weight, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, "
+      "str reduction, Tensor? num_items, ScalarType? accum_dtype, int? workspace_bytes, "
+      "ScalarType? compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) -> "
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor dinput, Tensor dweight, Tensor dbias, Tensor "
+      "grad_scale)",
+      kTags);
+  // "none": the gradients, for the upstream gradient of every token.
+  m.def(
+      "fused_linear_cross_entropy_backward(Tensor dloss, Tensor input, Tensor weight, Tensor target, "
+      "Tensor? bias, Tensor? ce_weight, int ignore_index, float label_smoothing, float lse_square_scale, "
+      "float? softcap, ScalarType? accum_dtype, int? workspace_bytes, ScalarType? compute_dtype, "
+      "bool need_dinput, bool need_dweight, bool need_dbias) -> (Tensor dinput, Tensor dweight, Tensor "
+      "dbias)",
+      kTags);
+  // grad times a 0-D scale, without rounding the scale to grad's dtype.
+  m.def("fused_linear_cross_entropy_scale(Tensor grad, Tensor scale) -> Tensor", kTags);
+  m.def("fused_linear_cross_entropy_scale_(Tensor(a!) grad, Tensor scale) -> ()", kTags);
 }
 
 TORCH_LIBRARY_IMPL(liger, CPU, m) {
@@ -42,6 +95,14 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rope_backward", liger::rope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
+  m.impl("cross_entropy", liger::cross_entropy_cpu);
+  m.impl("cross_entropy_forward", liger::cross_entropy_forward_cpu);
+  m.impl("cross_entropy_backward", liger::cross_entropy_backward_cpu);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_cpu);
+  m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_cpu);
+  m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_cpu);
+  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_cpu);
+  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_cpu);
 }
 
 #ifdef LIGER_WITH_CUDA
@@ -62,6 +123,14 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rope_backward", liger::rope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
+  m.impl("cross_entropy", liger::cross_entropy_meta);
+  m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
+  m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_meta);
+  m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_meta);
+  m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_meta);
+  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_meta);
+  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_meta);
 }
 
 TORCH_LIBRARY_IMPL(liger, Autograd, m) {
@@ -71,20 +140,46 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy", liger::cross_entropy_autograd);
+  m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autograd);
+  m.impl("fused_linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_linear_cross_entropy_scale", torch::autograd::autogradNotImplementedFallback());
+  m.impl("fused_linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());
 }
 
-// Autocast leaves the dtypes of norms, rotary embeddings and GLUs alone. The kernels only take the
-// autocast keys out of the way, so that nothing below is cast a second time.
+// Autocast leaves the dtypes of norms, rotary embeddings, GLUs and logits alone. The kernels only take the
+// autocast keys out of the way, so that nothing below is cast a second time; fused linear cross entropy casts
+// the operands of its matrix products.
 namespace {
 void register_autocast(torch::Library& m) {
-  m.impl("rms_norm", liger::rms_norm_autocast);
-  m.impl("rms_norm_backward", liger::rms_norm_backward_autocast);
-  m.impl("rope", liger::rope_autocast);
-  m.impl("rope_backward", liger::rope_backward_autocast);
-  m.impl("swiglu", liger::swiglu_autocast);
-  m.impl("swiglu_backward", liger::swiglu_backward_autocast);
+  m.impl("rms_norm", liger::WithoutAutocast<liger::rms_norm>::call);
+  m.impl("rms_norm_backward", liger::WithoutAutocast<liger::rms_norm_backward>::call);
+  m.impl("rope", liger::WithoutAutocast<liger::rope>::call);
+  m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
+  m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
+  m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
+  m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
+  m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
+  m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);
+  m.impl("fused_linear_cross_entropy_forward",
+      liger::WithoutAutocast<liger::fused_linear_cross_entropy_forward>::call);
+  m.impl("fused_linear_cross_entropy_backward",
+      liger::WithoutAutocast<liger::fused_linear_cross_entropy_backward>::call);
+  m.impl("fused_linear_cross_entropy_scale",
+      liger::WithoutAutocast<liger::fused_linear_cross_entropy_scale>::call);
+  m.impl("fused_linear_cross_entropy_scale_",
+      liger::WithoutAutocast<liger::fused_linear_cross_entropy_scale_>::call);
 }
 }  // namespace
 
-TORCH_LIBRARY_IMPL(liger, Autocast, m) { register_autocast(m); }
-TORCH_LIBRARY_IMPL(liger, AutocastCPU, m) { register_autocast(m); }
+TORCH_LIBRARY_IMPL(liger, Autocast, m) {
+  register_autocast(m);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autocast_cuda);
+}
+TORCH_LIBRARY_IMPL(liger, AutocastCPU, m) {
+  register_autocast(m);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autocast_cpu);
+}

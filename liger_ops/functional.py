@@ -20,6 +20,8 @@ load()
 _rms_norm = torch.ops.liger.rms_norm.default
 _rope = torch.ops.liger.rope.default
 _swiglu = torch.ops.liger.swiglu.default
+_cross_entropy = torch.ops.liger.cross_entropy.default
+_fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
 
 
 def rms_norm(
@@ -93,3 +95,117 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: shapes or devices differ.
     """
     return _swiglu(gate, up)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    r"""Cross entropy of logits with class indices, as `F.cross_entropy` defines it, and more.
+
+    Per row, with `y = softcap * tanh(logits / softcap)` (or the logits), `lse = log(sum(exp(y)))`, class
+    weights w and smoothing e,
+
+    .. math::
+        (1-e)\, w_t (lse - y_t) + \frac{e}{V} \sum_c w_c (lse - y_c) + \text{lse_square_scale} \cdot lse^2
+
+    The last term is the z-loss of PaLM (Chowdhery et al., arXiv:2204.02311). No float32 copy of 16-bit logits
+    is made, forward or backward.
+
+    Args:
+        logits: `[tokens, classes]`; rows may be slices of wider ones.
+        target: `[tokens]`, int64 class indices, or `ignore_index`.
+        weight: `[classes]`, of the logits' dtype, or float32 beside 16-bit logits. Gets no gradient.
+        ignore_index: rows with this target have no loss and a gradient of zero.
+        reduction: `"mean"` divides by the weight of the targets that count (the z-loss by their number) and
+            is 0 when none does; `"sum"`; or `"none"`.
+        label_smoothing: e, between 0 and 1.
+        lse_square_scale: factor of the z-loss.
+        softcap: caps the logits smoothly at this size, as Gemma 2 does.
+
+    Returns:
+        float32 (float64 for float64 logits): 0-d, or `[tokens]` for `"none"`.
+
+    Raises:
+        TypeError: a dtype is not supported, or the target is not int64.
+        ValueError: shapes, devices or options do not fit.
+        IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
+    """
+    return _cross_entropy(
+        logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction
+    )[0]
+
+
+def fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ce_weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    num_items: Tensor | float | None = None,
+    accum_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    r"""`cross_entropy(input @ weight.T + bias, target)` without ever holding the logits.
+
+    The rows are taken in chunks: product, loss and the gradients of input, weight and bias, through one
+    buffer. For `"mean"` and `"sum"` the gradients are computed along with the loss and multiplied by the
+    upstream gradient in backward; for `"none"` backward computes the logits once more. Only gradients that
+    somebody asked for are computed. Under autocast the products run in the autocast dtype, and the gradients
+    of float32 arguments are not rounded.
+
+    Args:
+        input: `[tokens, hidden]`.
+        weight: `[classes, hidden]`, of the input's dtype.
+        target: `[tokens]`, int64 class indices, or `ignore_index`.
+        bias: `[classes]`, of the input's dtype.
+        ce_weight: `[classes]`, the class weights of `cross_entropy`.
+        ignore_index, reduction, label_smoothing, lse_square_scale, softcap: as in `cross_entropy`.
+        num_items: with `"mean"`, what the sum is divided by in place of the number of targets that count: a
+            number, or a tensor of one element on any device. It is never read on the host.
+        accum_dtype: `torch.float32` accumulates the weight's gradient over the chunks in float32; by default
+            in the weight's dtype.
+        workspace_bytes: what a call may take beside its results. By default 512 MiB on CUDA; on the CPU a
+            quarter of the weight, and 64 MiB at least.
+
+    Returns:
+        float32 (float64 for float64 input): 0-d, or `[tokens]` for `"none"`.
+
+    Raises:
+        TypeError: dtypes do not fit.
+        ValueError: shapes, devices or options do not fit.
+        IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
+    """
+    if num_items is not None:
+        if isinstance(num_items, Tensor):
+            num_items = num_items.to(input.device, non_blocking=True).reshape(())
+        else:
+            # A fill on the device: copying a number there would wait for it.
+            num_items = torch.full((), num_items, device=input.device, dtype=torch.float32)
+    return _fused_linear_cross_entropy(
+        input,
+        weight,
+        target,
+        bias,
+        ce_weight,
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+        reduction,
+        num_items,
+        accum_dtype,
+        workspace_bytes,
+    )[0]

@@ -2,6 +2,7 @@
 
 #include "cpu/vec.h"
 
+#include "cpu/cross_entropy_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/rope_kernel.h"
 #include "cpu/swiglu_kernel.h"
@@ -15,6 +16,8 @@ constexpr Kernels kKernelTable = {
     .rope = rope,
     .swiglu_forward = swiglu_forward,
     .swiglu_backward = swiglu_backward,
+    .cross_entropy_forward = cross_entropy_forward,
+    .cross_entropy_backward = cross_entropy_backward,
 };
 
 }  // namespace CPU_CAPABILITY

@@ -65,12 +65,35 @@ struct Swiglu {
   int64_t rows, cols, gate_stride, up_stride, dout_stride;
 };
 
+// Rows of logits; what the fields mean: ops/cross_entropy_rows.h. A is the accumulate type of dtype.
+struct CrossEntropy {
+  at::ScalarType dtype;
+  const void* logits;     // [rows, cols], row stride logits_stride
+  void* dlogits;          // [rows, cols], row stride dlogits_stride; may be logits; null: no gradient
+  const int64_t* target;  // [rows]
+  const void* weight;     // A[cols], or null
+  const void* totals;     // A[3]
+  const void* dloss;      // A, one or [rows] by dloss_stride (0 or 1), or null for 1
+  void* ce;               // forward: A[rows], or null
+  void* lse_out;          // forward: A[rows]
+  void* lse_low_out;      // forward: A[rows], or null
+  const void* lse;        // backward: A[rows]
+  const void* lse_low;    // backward: A[rows]
+  int64_t rows, cols, logits_stride, dlogits_stride, dloss_stride;
+  int64_t ignore_index;
+  double label_smoothing, lse_square_scale;
+  double softcap;  // 0: none
+  bool divide;
+};
+
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
   void (*rope)(const Rope&);
   void (*swiglu_forward)(const Swiglu&);
   void (*swiglu_backward)(const Swiglu&);
+  void (*cross_entropy_forward)(const CrossEntropy&);
+  void (*cross_entropy_backward)(const CrossEntropy&);
 };
 
 const Kernels& kernels();

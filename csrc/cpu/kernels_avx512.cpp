@@ -7,6 +7,7 @@
 // hold no vector code here: everything that passes vectors is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 // GCC's C++ front end compiles for this target but does not define the macros that announce it, which sleef.h
 // and at::vec read.

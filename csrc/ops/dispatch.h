@@ -6,6 +6,8 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <type_traits>
+
 namespace liger {
 
 // The handle of `liger::<name>` for the C++ signature of `function`. Keep the result in a local static: the
@@ -18,6 +20,19 @@ auto find_operator(const char* name, Function* /*signature*/) {
 // Opens the way past Autocast: whatever runs below keeps the dtypes it is given.
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+// WithoutAutocast<op>::call is the Autocast kernel of an operator that keeps its dtypes; `op` calls through
+// the dispatcher.
+template <auto* Op, typename Function = std::remove_pointer_t<decltype(Op)>>
+struct WithoutAutocast;
+
+template <auto* Op, typename Result, typename... Args>
+struct WithoutAutocast<Op, Result(Args...)> {
+  static Result call(Args... args) {
+    NoAutocast guard;
+    return Op(args...);
+  }
 };
 
 }  // namespace liger

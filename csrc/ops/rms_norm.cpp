@@ -137,17 +137,4 @@ TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor
   return {y[0], rstd};
 }
 
-TensorPair rms_norm_autocast(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
-    double offset, std::string_view casting_mode) {
-  NoAutocast guard;
-  return rms_norm(x, weight, eps, offset, casting_mode);
-}
-
-TensorPair rms_norm_backward_autocast(const at::Tensor& dy, const at::Tensor& x,
-    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
-    std::string_view casting_mode, bool need_dx, bool need_dweight) {
-  NoAutocast guard;
-  return rms_norm_backward(dy, x, weight, rstd, offset, casting_mode, need_dx, need_dweight);
-}
-
 }  // namespace liger

@@ -115,16 +115,4 @@ TensorPair rope_autograd(
   return {out[0], out[1]};
 }
 
-TensorPair rope_autocast(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin) {
-  NoAutocast guard;
-  return rope(q, k, cos, sin);
-}
-
-TensorPair rope_backward_autocast(
-    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos, const at::Tensor& sin) {
-  NoAutocast guard;
-  return rope_backward(dq, dk, cos, sin);
-}
-
 }  // namespace liger

@@ -39,9 +39,5 @@ TensorPair rope_backward_meta(
     const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos, const at::Tensor& sin);
 TensorPair rope_autograd(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin);
-TensorPair rope_autocast(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin);
-TensorPair rope_backward_autocast(
-    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos, const at::Tensor& sin);
 
 }  // namespace liger

@@ -89,14 +89,4 @@ at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
   return SwigluFunction::apply(gate, up)[0];
 }
 
-at::Tensor swiglu_autocast(const at::Tensor& gate, const at::Tensor& up) {
-  NoAutocast guard;
-  return swiglu(gate, up);
-}
-
-TensorPair swiglu_backward_autocast(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
-  NoAutocast guard;
-  return swiglu_backward(dout, gate, up);
-}
-
 }  // namespace liger

@@ -28,7 +28,5 @@ TensorPair swiglu_backward_cuda(const at::Tensor& dout, const at::Tensor& gate, 
 at::Tensor swiglu_meta(const at::Tensor& gate, const at::Tensor& up);
 TensorPair swiglu_backward_meta(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
 at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up);
-at::Tensor swiglu_autocast(const at::Tensor& gate, const at::Tensor& up);
-TensorPair swiglu_backward_autocast(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
 
 }  // namespace liger

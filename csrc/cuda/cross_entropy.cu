@@ -1,0 +1,171 @@
+#include "cuda/cross_entropy.cuh"
+
+#include "cuda/launch.h"
+#include "ops/cross_entropy.h"
+#include "ops/cross_entropy_rows.h"
+
+namespace liger {
+
+namespace {
+
+// f(A{}) for the accumulate type.
+template <typename F>
+void dispatch_accumulate(const at::Tensor& tensor, const F& f) {
+  tensor.scalar_type() == at::kDouble ? f(double{}) : f(float{});
+}
+
+template <typename A>
+const A* pointer(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<A>() : nullptr;
+}
+
+template <typename A>
+A* mutable_pointer(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<A>() : nullptr;
+}
+
+void totals_cuda(const CrossEntropyTotals& args) {
+  dispatch_accumulate(args.totals, [&](auto accumulate) {
+    using A = decltype(accumulate);
+    cuda::cross_entropy_totals_kernel<A><<<1, cuda::kTotalsThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+        args.target.const_data_ptr<int64_t>(), args.target.numel(), pointer<A>(args.weight), args.classes,
+        pointer<A>(args.num_items), args.options.ignore_index, args.options.reduction == Reduction::kMean,
+        args.totals.mutable_data_ptr<A>());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+cuda::CrossEntropyArguments<T> kernel_arguments(const CrossEntropyRows& args) {
+  using A = cuda::Accumulate<T>;
+  const bool gradient = args.dlogits.defined();
+  return {
+      .logits = static_cast<const T*>(args.logits.const_data_ptr()),
+      .dlogits = gradient ? static_cast<T*>(args.dlogits.mutable_data_ptr()) : nullptr,
+      .target = args.target.const_data_ptr<int64_t>(),
+      .weight = pointer<A>(args.weight),
+      .totals = args.totals.const_data_ptr<A>(),
+      .dloss = pointer<A>(args.dloss),
+      .ce = mutable_pointer<A>(args.ce),
+      .lse = mutable_pointer<A>(args.lse),
+      .lse_low = mutable_pointer<A>(args.lse_low),
+      .rows = args.logits.size(0),
+      .logits_stride = args.logits.stride(0),
+      .dlogits_stride = gradient ? args.dlogits.stride(0) : 0,
+      .cols = static_cast<int>(args.logits.size(1)),
+      .dloss_stride = args.dloss.defined() ? static_cast<int>(args.dloss.dim()) : 0,
+      .ignore_index = args.options.ignore_index,
+      .label_smoothing = static_cast<A>(args.options.label_smoothing),
+      .lse_square_scale = static_cast<A>(args.options.lse_square_scale),
+      .softcap = static_cast<A>(args.options.softcap),
+      .divide = args.divide};
+}
+
+// launch(T{}, plain, threads) with the last two as compile-time constants. Wide rows take all the threads of a
+// multiprocessor, so that the rows in flight fit into L2; narrow ones leave no thread without work.
+template <typename F>
+void dispatch_rows(const CrossEntropyRows& args, const F& launch) {
+  // Columns are counted in 32 bits, up to four vectors a thread past the end.
+  constexpr int64_t kMaxClasses = std::numeric_limits<int32_t>::max() - 4 * 1024 * 16;
+  TORCH_CHECK_VALUE(
+      args.logits.size(1) <= kMaxClasses, "liger::", args.op, ": at most ", kMaxClasses, " classes, got ",
+      args.logits.size(1));
+  cuda::dispatch_floating(args.logits.scalar_type(), [&](auto element) {
+    const bool plain = args.options.softcap == 0 && args.options.label_smoothing == 0;
+    const auto with_threads = [&](auto is_plain) {
+      args.logits.size(1) > 8192 ? launch(element, is_plain, std::integral_constant<int, 1024>{})
+                                 : launch(element, is_plain, std::integral_constant<int, 256>{});
+    };
+    plain ? with_threads(std::true_type{}) : with_threads(std::false_type{});
+  });
+}
+
+void forward_cuda(const CrossEntropyRows& args) {
+  if (args.logits.size(0) == 0) return;
+  const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
+  dispatch_rows(args, [&](auto element, auto plain, auto threads) {
+    using T = decltype(element);
+    cuda::cross_entropy_forward_kernel<T, plain(), threads()>
+        <<<blocks, threads(), 0, at::cuda::getCurrentCUDAStream()>>>(kernel_arguments<T>(args));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void backward_cuda(const CrossEntropyRows& args) {
+  if (args.logits.numel() == 0) return;
+  const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
+  dispatch_rows(args, [&](auto element, auto plain, auto threads) {
+    using T = decltype(element);
+    cuda::cross_entropy_backward_kernel<T, plain(), threads()>
+        <<<blocks, threads(), 0, at::cuda::getCurrentCUDAStream()>>>(kernel_arguments<T>(args));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void reduce_cuda(const CrossEntropyReduce& args) {
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  const int64_t tokens = args.lse.numel();
+  dispatch_accumulate(args.lse, [&](auto accumulate) {
+    using A = decltype(accumulate);
+    const A* ce = args.ce.const_data_ptr<A>();
+    const A* lse = args.lse.const_data_ptr<A>();
+    const A scale = static_cast<A>(args.options.lse_square_scale);
+    A* loss = args.loss.mutable_data_ptr<A>();
+    A* z_loss = args.z_loss.mutable_data_ptr<A>();
+    if (args.options.reduction != Reduction::kNone) {
+      cuda::cross_entropy_reduce_kernel<A><<<1, cuda::kTotalsThreads, 0, stream>>>(
+          ce, lse, args.totals.const_data_ptr<A>(), tokens, scale, loss, z_loss);
+    } else if (tokens > 0) {
+      constexpr int kThreads = 256;
+      const auto blocks = cuda::grid_size("cross_entropy", tokens, kThreads);
+      cuda::cross_entropy_unreduced_kernel<A>
+          <<<blocks, kThreads, 0, stream>>>(ce, lse, tokens, scale, loss, z_loss);
+    }
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+const CrossEntropyDevice kCrossEntropyCuda = {
+    .totals = totals_cuda, .forward = forward_cuda, .backward = backward_cuda, .reduce = reduce_cuda};
+
+TensorTriple cross_entropy_cuda(
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction) {
+  constexpr auto op = "cross_entropy";
+  const auto options = check_cross_entropy(
+      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  const c10::cuda::CUDAGuard device_guard(logits.device());
+  auto [loss, z_loss, lse, lse_low, totals] = cross_entropy_forward_rows(
+      kCrossEntropyCuda, op, logits, target, weight, options, /*need_lse_low=*/false);
+  return {loss, z_loss, lse};
+}
+
+CrossEntropyForward cross_entropy_forward_cuda(
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction) {
+  constexpr auto op = "cross_entropy";
+  const auto options = check_cross_entropy(
+      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  const c10::cuda::CUDAGuard device_guard(logits.device());
+  return cross_entropy_forward_rows(
+      kCrossEntropyCuda, op, logits, target, weight, options, /*need_lse_low=*/true);
+}
+
+at::Tensor cross_entropy_backward_cuda(
+    const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target,
+    const std::optional<at::Tensor>& weight, const at::Tensor& lse, const at::Tensor& lse_low,
+    const at::Tensor& totals, int64_t ignore_index, double label_smoothing, double lse_square_scale,
+    std::optional<double> softcap, std::string_view reduction) {
+  const auto options = check_cross_entropy_backward(
+      dloss, logits, target, weight, lse, lse_low, totals, ignore_index, label_smoothing, lse_square_scale,
+      softcap, reduction);
+  const c10::cuda::CUDAGuard device_guard(logits.device());
+  return cross_entropy_backward_rows(
+      kCrossEntropyCuda, dloss, logits, target, weight, lse, lse_low, totals, options);
+}
+
+}  // namespace liger

@@ -1,0 +1,431 @@
+#pragma once
+
+// Cross entropy of rows of logits (formulas: ops/cross_entropy.h).
+//
+// A block owns a row. Forward: each thread keeps a running maximum and the sum of exp(y - maximum) over its
+// vectors; CUB combines the threads in a fixed order; the row's results are finished in float64 by one thread.
+// Where a gradient is wanted, the block reads its row again (from L2: the rows in flight fit there) and
+// writes it. Backward: the same second half, from the saved log-sum-exp.
+//
+// Bytes: loss alone reads the logits once. Loss and gradient read them once from memory, once from L2, and
+// write the gradient once. Backward reads and writes once. Rows start at any element: up to one vector of
+// scalars at either end makes the rest 16-byte aligned. Ignored rows are not read.
+//
+// No atomics, fixed order throughout: bitwise reproducible on a given GPU.
+
+#include <cfloat>
+#include <cub/block/block_reduce.cuh>
+
+#include "cuda/common/vec.cuh"
+
+// Checking the targets is part of the operator, also where NDEBUG turns other assertions off.
+#undef NDEBUG
+#include <cassert>
+
+namespace liger::cuda {
+
+// totals: the divisor of ce, the divisor of z, the sum of the class weights (ops/cross_entropy_rows.h).
+template <typename T>
+struct CrossEntropyArguments {
+  using A = Accumulate<T>;
+  const T* logits;        // [rows, cols], row stride logits_stride
+  T* dlogits;             // [rows, cols], row stride dlogits_stride; may be logits; null: no gradient
+  const int64_t* target;  // [rows]
+  const A* weight;        // [cols] or null for 1
+  const A* totals;        // [3]
+  const A* dloss;         // [rows] or one, by dloss_stride (1 or 0); null for 1
+  A* ce;                  // forward: [rows] or null
+  A* lse;                 // [rows], written by forward, read by backward
+  A* lse_low;             // likewise; null in a forward pass that does not keep it
+  int64_t rows, logits_stride, dlogits_stride;
+  int cols, dloss_stride;
+  int64_t ignore_index;
+  A label_smoothing, lse_square_scale;
+  A softcap;    // 0: none
+  bool divide;  // whether the gradient is divided by the divisors
+};
+
+// The fast exponential errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients.
+template <typename T>
+__device__ __forceinline__ Accumulate<T> exponential(Accumulate<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    return __expf(x);
+  } else if constexpr (sizeof(T) == 4) {
+    return expf(x);
+  } else {
+    return exp(x);
+  }
+}
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
+__device__ __forceinline__ float exponential_minus_1(float x) { return expm1f(x); }
+__device__ __forceinline__ double exponential_minus_1(double x) { return expm1(x); }
+
+// The lowest finite number, so that differences of maxima stay numbers while nothing but -inf was seen.
+template <typename A>
+__device__ __forceinline__ A lowest() {
+  return sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);
+}
+
+// sum = sum(exp(y - max)) over what was seen.
+template <typename A>
+struct MaxAndSum {
+  A max, sum;
+};
+
+template <typename T>
+struct CombineMaxAndSum {
+  using Pair = MaxAndSum<Accumulate<T>>;
+
+  __device__ __forceinline__ Pair operator()(const Pair& a, const Pair& b) const {
+    const auto max = larger(a.max, b.max);
+    return {max, a.sum * exponential<T>(a.max - max) + b.sum * exponential<T>(b.max - max)};
+  }
+};
+
+// PLAIN: neither soft-cap nor label smoothing, the common case.
+template <typename T, bool PLAIN>
+__device__ __forceinline__ Accumulate<T> soft_capped(Accumulate<T> x, Accumulate<T> softcap) {
+  if (PLAIN || softcap == 0) return x;
+  return softcap * hyperbolic_tangent(x / softcap);
+}
+
+// Columns of a row: scalars [0, head), `vectors` aligned vectors, scalars [tail, cols).
+template <typename T>
+struct RowSpans {
+  static constexpr int kVec = kVecSize<T>;
+  int head, vectors, tail;
+
+  __device__ __forceinline__ RowSpans(const T* row, int cols) {
+    const int misaligned = static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % 16 / sizeof(T));
+    head = min(cols, (kVec - misaligned) % kVec);
+    vectors = (cols - head) / kVec;
+    tail = head + vectors * kVec;
+  }
+};
+
+// What the gradient of a row needs besides its logits.
+template <typename A>
+struct RowGradient {
+  A lse, lse_low;
+  A p_scale;       // factor of the probability
+  A smooth_scale;  // factor of the class weight, subtracted
+  A d_target;      // the true class, computed apart
+};
+
+template <typename T>
+__device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(
+    const CrossEntropyArguments<T>& args, int64_t row, int64_t target, Accumulate<T> y_target,
+    Accumulate<T> lse, Accumulate<T> lse_low) {
+  using A = Accumulate<T>;
+  const A upstream = args.dloss == nullptr ? A(1) : args.dloss[row * args.dloss_stride];
+  const A ce_total = args.totals[0], z_total = args.totals[1], weight_sum = args.totals[2];
+  const A ce_divisor = args.divide ? ce_total : A(1);
+  const A ce_scale = ce_divisor == 0 ? A(0) : upstream / ce_divisor;
+  // No z part, no factor: 0 / 0 must not get in.
+  const bool has_z = args.lse_square_scale != 0 && ce_total != 0 && z_total != 0;
+  const A z_scale = has_z ? upstream / (args.divide ? z_total : z_total / ce_total) : A(0);
+  const A target_weight = args.weight == nullptr ? A(1) : args.weight[target];
+  const A smoothing = args.label_smoothing / args.cols;
+  const A ce_factor = (1 - args.label_smoothing) * target_weight + smoothing * weight_sum;
+  const A z_factor = 2 * args.lse_square_scale * lse;
+
+  RowGradient<A> gradient;
+  gradient.lse = lse;
+  gradient.lse_low = lse_low;
+  gradient.p_scale = ce_scale * ce_factor + z_scale * z_factor;
+  gradient.smooth_scale = ce_scale * smoothing;
+  // With p - 1 from expm1 nothing cancels as p goes to 1, and the result is rounded once.
+  const A log_p = (y_target - lse) - lse_low;
+  const A p_minus_1 = exponential_minus_1(log_p);
+  gradient.d_target = ce_scale * (ce_factor * p_minus_1 + smoothing * (weight_sum - target_weight)) +
+      z_scale * z_factor * (1 + p_minus_1);
+  if (args.softcap != 0) {
+    gradient.d_target *= (1 - y_target / args.softcap) * (1 + y_target / args.softcap);
+  }
+  return gradient;
+}
+
+template <typename T, bool PLAIN>
+__device__ __forceinline__ T element_gradient(
+    const CrossEntropyArguments<T>& args, const RowGradient<Accumulate<T>>& row, Accumulate<T> x, int col) {
+  using A = Accumulate<T>;
+  if constexpr (PLAIN) {
+    return narrow<T>(exponential<T>((x - row.lse) - row.lse_low) * row.p_scale);
+  } else {
+    A y = x, slope = 1;
+    if (args.softcap != 0) {
+      const A t = hyperbolic_tangent(x / args.softcap);
+      slope = (1 - t) * (1 + t);
+      y = args.softcap * t;
+    }
+    const A weight = args.weight == nullptr ? A(1) : args.weight[col];
+    const A p = exponential<T>((y - row.lse) - row.lse_low);
+    return narrow<T>((p * row.p_scale - row.smooth_scale * weight) * slope);
+  }
+}
+
+// The block writes the gradient of its row; dx may be x.
+template <typename T, bool PLAIN, int THREADS>
+__device__ __forceinline__ void write_gradient(
+    const CrossEntropyArguments<T>& args, const T* x, T* dx, int64_t target,
+    const RowGradient<Accumulate<T>>& row) {
+  constexpr int kVec = kVecSize<T>;
+  const int lane = threadIdx.x;
+  const bool same_alignment =
+      (reinterpret_cast<std::uintptr_t>(x) ^ reinterpret_cast<std::uintptr_t>(dx)) % 16 == 0;
+  if (same_alignment) {
+    const RowSpans<T> spans(x, args.cols);
+    if (lane < spans.head) dx[lane] = element_gradient<T, PLAIN>(args, row, widen(x[lane]), lane);
+    for (int v = lane; v < spans.vectors; v += THREADS) {
+      const int col = spans.head + v * kVec;
+      const auto in = Vec<T, kVec>::load(x + col);
+      Vec<T, kVec> out;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        out.data[i] = element_gradient<T, PLAIN>(args, row, widen(in.data[i]), col + i);
+      }
+      out.store(dx + col);
+    }
+    const int last = spans.tail + lane;
+    if (last < args.cols) dx[last] = element_gradient<T, PLAIN>(args, row, widen(x[last]), last);
+  } else {
+    for (int col = lane; col < args.cols; col += THREADS) {
+      dx[col] = element_gradient<T, PLAIN>(args, row, widen(x[col]), col);
+    }
+  }
+  // The true class goes last: whoever wrote its column before must be done.
+  __syncthreads();
+  if (lane == 0) dx[target] = narrow<T>(row.d_target);
+}
+
+template <typename T, int THREADS>
+__device__ __forceinline__ void write_zeros(T* dx, int cols) {
+  constexpr int kVec = kVecSize<T>;
+  const RowSpans<T> spans(dx, cols);
+  Vec<T, kVec> zeros;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) zeros.data[i] = narrow<T>(0);
+  const int lane = threadIdx.x;
+  if (lane < spans.head) dx[lane] = zeros.data[0];
+  for (int v = lane; v < spans.vectors; v += THREADS) zeros.store(dx + spans.head + v * kVec);
+  if (spans.tail + lane < cols) dx[spans.tail + lane] = zeros.data[0];
+}
+
+// The running maximum and sum of a thread, and with label smoothing the sum of w * y.
+template <typename T, bool PLAIN>
+struct RunningStatistics {
+  using A = Accumulate<T>;
+  A max = lowest<A>(), sum = 0, weighted = 0;
+
+  template <int N>
+  __device__ __forceinline__ void add(
+      const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
+    A y[N];
+    A most = max;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      y[i] = soft_capped<T, PLAIN>(widen(values[i]), args.softcap);
+      most = larger(most, y[i]);
+    }
+    sum *= exponential<T>(max - most);
+    max = most;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += exponential<T>(y[i] - most);
+    if constexpr (!PLAIN) {
+      if (args.label_smoothing != 0) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          weighted += (args.weight == nullptr ? A(1) : args.weight[col + i]) * y[i];
+        }
+      }
+    }
+  }
+};
+
+template <typename T, bool PLAIN, int THREADS>
+__global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEntropyArguments<T> args) {
+  using A = Accumulate<T>;
+  using Pair = MaxAndSum<A>;
+  using ReducePair = cub::BlockReduce<Pair, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  using ReduceSum = cub::BlockReduce<double, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  constexpr int kVec = kVecSize<T>;
+  constexpr int kUnroll = 4;
+  __shared__ union {
+    typename ReducePair::TempStorage pair;
+    typename ReduceSum::TempStorage sum;
+  } storage;
+  __shared__ A shared_lse, shared_lse_low, shared_y_target;
+
+  // Last rows first: a matrix product that has just written the logits left those in L2.
+  const int64_t row = args.rows - 1 - blockIdx.x;
+  const T* x = args.logits + row * args.logits_stride;
+  T* dx = args.dlogits == nullptr ? nullptr : args.dlogits + row * args.dlogits_stride;
+  const int64_t target = args.target[row];
+  const int lane = threadIdx.x;
+  // cross_entropy_totals_kernel reported targets out of range; here they must do no harm.
+  if (target == args.ignore_index || target < 0 || target >= args.cols) {
+    if (lane == 0) {
+      if (args.ce != nullptr) args.ce[row] = 0;
+      if (args.lse_low != nullptr) args.lse_low[row] = 0;
+      args.lse[row] = 0;
+    }
+    if (dx != nullptr) write_zeros<T, THREADS>(dx, args.cols);
+    return;
+  }
+
+  RunningStatistics<T, PLAIN> running;
+  const RowSpans<T> spans(x, args.cols);
+  if (lane < spans.head) {
+    const T value[1] = {x[lane]};
+    running.add(args, value, lane);
+  }
+  const T* body = x + spans.head;
+  int v = lane;
+  for (; v + (kUnroll - 1) * THREADS < spans.vectors; v += kUnroll * THREADS) {
+    Vec<T, kVec> held[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) held[u] = Vec<T, kVec>::load(body + (v + u * THREADS) * kVec);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      running.add(args, held[u].data, spans.head + (v + u * THREADS) * kVec);
+    }
+  }
+  for (; v < spans.vectors; v += THREADS) {
+    const auto held = Vec<T, kVec>::load(body + v * kVec);
+    running.add(args, held.data, spans.head + v * kVec);
+  }
+  if (spans.tail + lane < args.cols) {
+    const T value[1] = {x[spans.tail + lane]};
+    running.add(args, value, spans.tail + lane);
+  }
+
+  double weighted = 0;
+  if constexpr (!PLAIN) {
+    if (args.label_smoothing != 0) {
+      weighted = ReduceSum(storage.sum).Sum(static_cast<double>(running.weighted));
+      __syncthreads();  // the storage is used again
+    }
+  }
+  const Pair total = ReducePair(storage.pair).Reduce(Pair{running.max, running.sum}, CombineMaxAndSum<T>{});
+  if (lane == 0) {
+    const A y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
+    const double max = total.max;
+    const double log_sum = log(static_cast<double>(total.sum));
+    const A lse = static_cast<A>(max + log_sum);
+    const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
+    args.lse[row] = lse;
+    if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
+    if (args.ce != nullptr) {
+      const double smoothing = args.label_smoothing;
+      const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
+      double loss = (1 - smoothing) * target_weight * ((max - static_cast<double>(y_target)) + log_sum);
+      if constexpr (!PLAIN) {
+        if (smoothing != 0) {
+          const double weight_sum = args.totals[2];
+          loss += smoothing / args.cols * (weight_sum * (max + log_sum) - weighted);
+        }
+      }
+      args.ce[row] = static_cast<A>(loss);
+    }
+    shared_lse = lse;
+    shared_lse_low = lse_low;
+    shared_y_target = y_target;
+  }
+  if (dx == nullptr) return;
+  // Publishes the shared values; and no thread may overwrite the row before thread 0 has read its target.
+  __syncthreads();
+  const auto gradient = row_gradient(args, row, target, shared_y_target, shared_lse, shared_lse_low);
+  write_gradient<T, PLAIN, THREADS>(args, x, dx, target, gradient);
+}
+
+template <typename T, bool PLAIN, int THREADS>
+__global__ void __launch_bounds__(THREADS) cross_entropy_backward_kernel(CrossEntropyArguments<T> args) {
+  const int64_t row = blockIdx.x;
+  const T* x = args.logits + row * args.logits_stride;
+  T* dx = args.dlogits + row * args.dlogits_stride;
+  const int64_t target = args.target[row];
+  if (target == args.ignore_index || target < 0 || target >= args.cols) {
+    write_zeros<T, THREADS>(dx, args.cols);
+    return;
+  }
+  const auto y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
+  __syncthreads();  // dx may be x: every thread must have read the target first
+  const auto gradient = row_gradient(args, row, target, y_target, args.lse[row], args.lse_low[row]);
+  write_gradient<T, PLAIN, THREADS>(args, x, dx, target, gradient);
+}
+
+constexpr int kTotalsThreads = 1024;
+
+// One block: totals over all targets and class weights, and the check of every target.
+template <typename A>
+__global__ void __launch_bounds__(kTotalsThreads) cross_entropy_totals_kernel(
+    const int64_t* target, int64_t tokens, const A* weight, int64_t classes, const A* num_items,
+    int64_t ignore_index, bool mean, A* totals) {
+  using Reduce = cub::BlockReduce<double, kTotalsThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  __shared__ typename Reduce::TempStorage storage;
+  double count = 0, target_weight = 0, weight_sum = 0;
+  for (int64_t i = threadIdx.x; i < tokens; i += kTotalsThreads) {
+    const int64_t t = target[i];
+    if (t == ignore_index) continue;
+    const bool in_range = t >= 0 && t < classes;
+    assert(in_range && "liger::cross_entropy: target must be in [0, classes) or ignore_index");
+    if (!in_range) continue;
+    count += 1;
+    target_weight += weight == nullptr ? 1.0 : static_cast<double>(weight[t]);
+  }
+  if (weight != nullptr) {
+    for (int64_t i = threadIdx.x; i < classes; i += kTotalsThreads) weight_sum += static_cast<double>(weight[i]);
+  }
+  count = Reduce(storage).Sum(count);
+  __syncthreads();
+  target_weight = Reduce(storage).Sum(target_weight);
+  __syncthreads();
+  weight_sum = Reduce(storage).Sum(weight_sum);
+  if (threadIdx.x != 0) return;
+  totals[0] = totals[1] = 1;
+  if (num_items != nullptr) {
+    totals[0] = totals[1] = *num_items;
+  } else if (mean) {
+    totals[0] = static_cast<A>(target_weight);
+    totals[1] = static_cast<A>(count);
+  }
+  totals[2] = static_cast<A>(weight == nullptr ? static_cast<double>(classes) : weight_sum);
+}
+
+// One block: loss and z_loss over all rows, summed in float64.
+template <typename A>
+__global__ void __launch_bounds__(kTotalsThreads) cross_entropy_reduce_kernel(
+    const A* ce, const A* lse, const A* totals, int64_t tokens, A lse_square_scale, A* loss, A* z_loss) {
+  using Reduce = cub::BlockReduce<double, kTotalsThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  __shared__ typename Reduce::TempStorage storage;
+  double ce_sum = 0, z_sum = 0;
+  for (int64_t i = threadIdx.x; i < tokens; i += kTotalsThreads) {
+    ce_sum += static_cast<double>(ce[i]);
+    z_sum += static_cast<double>(lse[i]) * static_cast<double>(lse[i]);
+  }
+  ce_sum = Reduce(storage).Sum(ce_sum);
+  __syncthreads();
+  z_sum = Reduce(storage).Sum(z_sum);
+  if (threadIdx.x != 0) return;
+  const double ce_total = totals[0], z_total = totals[1], scale = lse_square_scale;
+  const double z = scale == 0 || z_total == 0 ? 0.0 : scale * z_sum / z_total;
+  *z_loss = static_cast<A>(z);
+  *loss = static_cast<A>((ce_total == 0 ? 0.0 : ce_sum / ce_total) + z);
+}
+
+// Per row: z_loss = scale * lse^2, loss = ce + z_loss. loss may be ce.
+template <typename A>
+__global__ void cross_entropy_unreduced_kernel(
+    const A* ce, const A* lse, int64_t tokens, A lse_square_scale, A* loss, A* z_loss) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= tokens) return;
+  const A z = lse_square_scale == 0 ? A(0) : lse_square_scale * lse[i] * lse[i];
+  z_loss[i] = z;
+  loss[i] = ce[i] + z;
+}
+
+}  // namespace liger::cuda

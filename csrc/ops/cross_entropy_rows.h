@@ -1,0 +1,84 @@
+#pragma once
+
+// Cross entropy over rows of logits, as the plain and the fused linear operator
+// share it: the pieces that a device provides, and the operators written on top
+// of them. Formulas: ops/cross_entropy.h.
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/cross_entropy.h"
+
+namespace liger {
+
+// Sums over all targets that every row needs, in the accumulate type:
+//   0  divisor of ce: sum of the weights of the targets that count under
+//   "mean", 1 otherwise 1  divisor of z: number of those targets under "mean",
+//   1 otherwise 2  sum of all class weights
+// A divisor of 0 stands for "no target counts": loss and gradient are 0.
+constexpr int64_t kTotals = 3;
+
+struct CrossEntropyTotals {
+  const char* op;
+  at::Tensor target;     // [tokens] int64, contiguous
+  at::Tensor weight;     // [classes] in the accumulate type, contiguous; undefined: all 1
+  at::Tensor num_items;  // 1 element in the accumulate type, in place of both
+                         // divisors; or undefined
+  at::Tensor totals;     // out: [kTotals]
+  int64_t classes;
+  CrossEntropyOptions options;
+};
+
+struct CrossEntropyRows {
+  const char* op;
+  at::Tensor logits;   // [rows, classes], any row stride, unit column stride
+  at::Tensor dlogits;  // [rows, classes] likewise; may be logits; undefined: no
+                       // gradient
+  at::Tensor target;   // [rows] int64, contiguous
+  at::Tensor weight;   // [classes] in the accumulate type, contiguous; undefined: all 1
+  at::Tensor totals;   // [kTotals]
+  at::Tensor dloss;    // upstream gradient, 0-D or contiguous [rows]; undefined: 1
+  at::Tensor ce, lse,
+      lse_low;  // [rows] in the accumulate type; ce and lse_low may be undefined
+  CrossEntropyOptions options;
+  // Whether the gradient is divided by totals[0]. The fused operator divides
+  // later in float16, where p / N would underflow.
+  bool divide;
+};
+
+struct CrossEntropyReduce {
+  at::Tensor ce, lse;       // [tokens]
+  at::Tensor totals;        // [kTotals]
+  at::Tensor loss, z_loss;  // out: 0-D, or [tokens] for "none"
+  CrossEntropyOptions options;
+};
+
+// Tensors live on one device, which is the current one.
+struct CrossEntropyDevice {
+  // Also checks every target: IndexError on the CPU, a device assertion on
+  // CUDA.
+  void (*totals)(const CrossEntropyTotals&);
+  // Writes ce, lse, lse_low, and dlogits where it is defined.
+  void (*forward)(const CrossEntropyRows&);
+  // Reads lse and lse_low, writes dlogits.
+  void (*backward)(const CrossEntropyRows&);
+  void (*reduce)(const CrossEntropyReduce&);
+};
+
+extern const CrossEntropyDevice kCrossEntropyCpu;
+extern const CrossEntropyDevice kCrossEntropyCuda;
+
+// The class weights as kernels read them; undefined stays undefined.
+at::Tensor accumulate_weight(const std::optional<at::Tensor>& weight, at::ScalarType accumulate);
+
+// loss and z_loss, uninitialised.
+std::tuple<at::Tensor, at::Tensor> empty_losses(const at::Tensor& lse, Reduction reduction);
+
+CrossEntropyForward cross_entropy_forward_rows(const CrossEntropyDevice& device, const char* op,
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    const CrossEntropyOptions& options, bool need_lse_low);
+at::Tensor cross_entropy_backward_rows(const CrossEntropyDevice& device, const at::Tensor& dloss,
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals,
+    const CrossEntropyOptions& options);
+
+}  // namespace liger

@@ -1,0 +1,439 @@
+#include "ops/fused_linear_cross_entropy.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "ops/checks.h"
+#include "ops/dispatch.h"
+
+namespace liger {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+TensorTriple fused_linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  static const auto op = find_operator("liger::fused_linear_cross_entropy", fused_linear_cross_entropy);
+  return op.call(input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale,
+      softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
+}
+
+FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward(const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias) {
+  static const auto op =
+      find_operator("liger::fused_linear_cross_entropy_forward", fused_linear_cross_entropy_forward);
+  return op.call(input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale,
+      softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype, need_dinput, need_dweight,
+      need_dbias);
+}
+
+TensorTriple fused_linear_cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias) {
+  static const auto op =
+      find_operator("liger::fused_linear_cross_entropy_backward", fused_linear_cross_entropy_backward);
+  return op.call(dloss, input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
+      lse_square_scale, softcap, accum_dtype, workspace_bytes, compute_dtype, need_dinput, need_dweight,
+      need_dbias);
+}
+
+at::Tensor fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
+  static const auto op =
+      find_operator("liger::fused_linear_cross_entropy_scale", fused_linear_cross_entropy_scale);
+  return op.call(grad, scale);
+}
+
+void fused_linear_cross_entropy_scale_(at::Tensor& grad, const at::Tensor& scale) {
+  static const auto op =
+      find_operator("liger::fused_linear_cross_entropy_scale_", fused_linear_cross_entropy_scale_);
+  op.call(grad, scale);
+}
+
+namespace {
+
+void check_product_operand(const Argument& arg, const Argument& input, bool mixed_dtypes) {
+  check_same_device(arg, input);
+  check_floating(arg);
+  const auto dtype = arg.tensor.scalar_type();
+  const auto expected = input.tensor.scalar_type();
+  TORCH_CHECK_TYPE(mixed_dtypes || dtype == expected, "liger::", arg.op, ": ", arg.name, " must have dtype ",
+      dtype_name(expected), " (dtype of ", input.name, "), got ", dtype_name(dtype),
+      "; cast one of them, or use torch.autocast");
+}
+
+}  // namespace
+
+FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  const Argument input_arg{op, "input", input};
+  const Argument weight_arg{op, "weight", weight};
+  check_floating(input_arg);
+  check_dim(input_arg, 2);
+  check_product_operand(weight_arg, input_arg, compute_dtype.has_value());
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && weight.sym_size(1).sym_eq(input.sym_size(1)).expect_true(__FILE__, __LINE__),
+      "liger::", op, ": weight must have shape [classes, ", input.sym_size(1),
+      "] (last dimension of input), got ", weight.sym_sizes());
+  const auto classes = weight.sym_size(0);
+  if (bias) {
+    const Argument bias_arg{op, "bias", *bias};
+    check_product_operand(bias_arg, input_arg, compute_dtype.has_value());
+    check_vector(bias_arg, classes, "rows of weight");
+  }
+  if (compute_dtype) {
+    TORCH_CHECK_TYPE(*compute_dtype == at::kBFloat16 || *compute_dtype == at::kHalf, "liger::", op,
+        ": compute_dtype must be bfloat16 or float16, got ", dtype_name(*compute_dtype));
+    TORCH_CHECK_TYPE(input.scalar_type() != at::kDouble && weight.scalar_type() != at::kDouble &&
+            (!bias || bias->scalar_type() != at::kDouble),
+        "liger::", op, ": float64 arguments cannot be computed in ", dtype_name(*compute_dtype));
+  }
+  check_target_and_class_weight(op, target, ce_weight, "ce_weight", input, "input", classes);
+
+  const auto compute = compute_dtype.value_or(input.scalar_type());
+  const auto wide = accumulate_type(compute);
+  TORCH_CHECK_TYPE(!accum_dtype || *accum_dtype == wide || *accum_dtype == weight.scalar_type(),
+      "liger::", op, ": accum_dtype must be ", dtype_name(wide), " or the weight's dtype ",
+      dtype_name(weight.scalar_type()), ", got ", dtype_name(*accum_dtype));
+  const auto accumulate = accum_dtype.value_or(weight.scalar_type());
+  TORCH_CHECK_VALUE(!workspace_bytes || *workspace_bytes > 0, "liger::", op,
+      ": workspace_bytes must be positive, got ", workspace_bytes.value_or(0));
+
+  if (num_items) {
+    const Argument num_items_arg{op, "num_items", *num_items};
+    check_same_device(num_items_arg, input_arg);
+    TORCH_CHECK_TYPE(
+        at::isFloatingType(num_items->scalar_type()) || at::isIntegralType(num_items->scalar_type(), false),
+        "liger::", op, ": num_items must hold a number, got dtype ", dtype_name(num_items->scalar_type()));
+    TORCH_CHECK_VALUE(num_items->sym_numel().sym_eq(1).expect_true(__FILE__, __LINE__), "liger::", op,
+        ": num_items must have one element, got shape ", num_items->sym_sizes());
+    TORCH_CHECK_VALUE(reduction == "mean", "liger::", op,
+        ": num_items replaces the divisor of reduction \"mean\", got reduction \"", std::string(reduction),
+        "\"");
+  }
+  return {.loss = check_cross_entropy_options(
+              op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction),
+      .compute_dtype = compute,
+      // The products come in compute_dtype or wide; one 16-bit dtype is not summed up in the other.
+      .accum_dtype = accumulate == compute ? compute : wide,
+      .workspace_bytes = workspace_bytes};
+}
+
+FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy_backward(const at::Tensor& dloss,
+    const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes,
+    std::optional<at::ScalarType> compute_dtype) {
+  constexpr auto op = "fused_linear_cross_entropy_backward";
+  const auto options = check_fused_linear_cross_entropy(op, input, weight, target, bias, ce_weight,
+      ignore_index, label_smoothing, lse_square_scale, softcap, "none", /*num_items=*/{}, accum_dtype,
+      workspace_bytes, compute_dtype);
+  const Argument input_arg{op, "input", input};
+  const Argument dloss_arg{op, "dloss", dloss};
+  check_same_device(dloss_arg, input_arg);
+  const auto wide = accumulate_type(options.compute_dtype);
+  TORCH_CHECK_TYPE(dloss.scalar_type() == wide, "liger::", op, ": dloss must have dtype ", dtype_name(wide),
+      ", got ", dtype_name(dloss.scalar_type()));
+  check_leading_shape(dloss_arg, input_arg, 1);
+  return options;
+}
+
+void check_wanted_gradients(const char* op, const std::optional<at::Tensor>& bias, bool need_dbias) {
+  TORCH_CHECK_VALUE(bias || !need_dbias, "liger::", op, ": need_dbias requires a bias, got none");
+}
+
+void check_fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
+  constexpr auto op = "fused_linear_cross_entropy_scale";
+  const Argument grad_arg{op, "grad", grad};
+  const Argument scale_arg{op, "scale", scale};
+  check_floating(grad_arg);
+  check_same_device(scale_arg, grad_arg);
+  const bool fits = scale.scalar_type() == accumulate_type(grad.scalar_type());
+  TORCH_CHECK_TYPE(fits, "liger::", op, ": scale must have dtype ",
+      dtype_name(accumulate_type(grad.scalar_type())), ", got ", dtype_name(scale.scalar_type()));
+  check_dim(scale_arg, 0);
+}
+
+TensorTriple fused_linear_cross_entropy_meta(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  auto [loss, z_loss, lse, dinput, dweight, dbias, grad_scale] = fused_linear_cross_entropy_forward_meta(
+      input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+      reduction, num_items, accum_dtype, workspace_bytes, compute_dtype, false, false, false);
+  return {loss, z_loss, lse};
+}
+
+FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_meta(const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias) {
+  const auto options = check_fused_linear_cross_entropy("fused_linear_cross_entropy", input, weight, target,
+      bias, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction, num_items,
+      accum_dtype, workspace_bytes, compute_dtype);
+  check_wanted_gradients("fused_linear_cross_entropy", bias, need_dbias);
+  const auto stats = input.options().dtype(accumulate_type(options.compute_dtype));
+  const auto tokens = input.sym_sizes().slice(0, 1);
+  const auto loss_sizes = options.loss.reduction == Reduction::kNone ? tokens : c10::SymIntArrayRef{};
+  const auto gradient = [](bool needed, const at::Tensor& of) {
+    return needed ? at::empty_symint(of.sym_sizes(), of.options()) : at::empty({0}, of.options());
+  };
+  const bool scaled_later = options.compute_dtype == at::kHalf && (need_dinput || need_dweight || need_dbias);
+  return {at::empty_symint(loss_sizes, stats), at::empty_symint(loss_sizes, stats),
+      at::empty_symint(tokens, stats), gradient(need_dinput, input), gradient(need_dweight, weight),
+      gradient(need_dbias, bias.value_or(input)), at::empty({scaled_later ? 2 : 0}, stats)};
+}
+
+TensorTriple fused_linear_cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias) {
+  check_fused_linear_cross_entropy_backward(dloss, input, weight, target, bias, ce_weight, ignore_index,
+      label_smoothing, lse_square_scale, softcap, accum_dtype, workspace_bytes, compute_dtype);
+  check_wanted_gradients("fused_linear_cross_entropy_backward", bias, need_dbias);
+  const auto gradient = [](bool needed, const at::Tensor& of) {
+    return needed ? at::empty_symint(of.sym_sizes(), of.options()) : at::empty({0}, of.options());
+  };
+  return {gradient(need_dinput, input), gradient(need_dweight, weight),
+      gradient(need_dbias, bias.value_or(input))};
+}
+
+at::Tensor fused_linear_cross_entropy_scale_meta(const at::Tensor& grad, const at::Tensor& scale) {
+  check_fused_linear_cross_entropy_scale(grad, scale);
+  return at::empty_symint(grad.sym_sizes(), grad.options());
+}
+
+void fused_linear_cross_entropy_scale_inplace_meta(at::Tensor& grad, const at::Tensor& scale) {
+  check_fused_linear_cross_entropy_scale(grad, scale);
+}
+
+namespace {
+
+// The arguments that no gradient flows into.
+struct Constants {
+  const at::Tensor& target;
+  const std::optional<at::Tensor>& ce_weight;
+  int64_t ignore_index;
+  double label_smoothing, lse_square_scale;
+  std::optional<double> softcap;
+  std::string_view reduction;
+  const std::optional<at::Tensor>& num_items;
+  std::optional<at::ScalarType> accum_dtype;
+  std::optional<int64_t> workspace_bytes;
+  std::optional<at::ScalarType> compute_dtype;
+};
+
+struct Wanted {
+  bool dinput, dweight, dbias;
+};
+
+// grad * scale: in grad's own memory when nobody will ask for this saved tensor again. That is so when the
+// graph is released after this backward; a tracer must not see the mutation.
+at::Tensor scaled(at::Tensor& saved, const at::Tensor& scale) {
+  const bool last_use = !at::GradMode::is_enabled() &&
+      !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved) &&
+      !at::isTensorSubclassLike(scale);
+  if (!last_use) return fused_linear_cross_entropy_scale(saved, scale);
+  fused_linear_cross_entropy_scale_(saved, scale);
+  return saved;
+}
+
+// "mean" and "sum". z_loss and lse leave through pointers: returned tensors would have to be marked
+// non-differentiable, which compiled autograd does not support.
+class FusedLinearCrossEntropyFunction : public torch::autograd::Function<FusedLinearCrossEntropyFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
+      const Constants& constants, Wanted wanted, at::Tensor* z_loss_out, at::Tensor* lse_out,
+      const std::optional<at::Tensor>& bias) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, z_loss, lse, dinput, dweight, dbias, grad_scale] =
+        fused_linear_cross_entropy_forward(input, weight, constants.target, bias, constants.ce_weight,
+            constants.ignore_index, constants.label_smoothing, constants.lse_square_scale, constants.softcap,
+            constants.reduction, constants.num_items, constants.accum_dtype, constants.workspace_bytes,
+            constants.compute_dtype, wanted.dinput, wanted.dweight, wanted.dbias);
+    const bool scaled_later = constants.compute_dtype.value_or(input.scalar_type()) == at::kHalf;
+    ctx->save_for_backward({wanted.dinput ? dinput : at::Tensor(), wanted.dweight ? dweight : at::Tensor(),
+        wanted.dbias ? dbias : at::Tensor(), scaled_later ? grad_scale : at::Tensor()});
+    ctx->set_materialize_grads(false);
+    *z_loss_out = z_loss;
+    *lse_out = lse;
+    return {loss};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(7);
+    if (!grads[0].defined()) return result;
+    auto saved = ctx->get_saved_variables();
+    const auto scale = [&](int64_t i) {
+      return saved[3].defined() ? grads[0].mul(saved[3].select(0, i)) : grads[0];
+    };
+    if (saved[0].defined()) result[0] = scaled(saved[0], scale(0));
+    if (saved[1].defined()) result[1] = scaled(saved[1], scale(1));
+    if (saved[2].defined()) result[6] = scaled(saved[2], scale(1));
+    return result;
+  }
+};
+
+class FusedLinearCrossEntropyUnreducedFunction
+    : public torch::autograd::Function<FusedLinearCrossEntropyUnreducedFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
+      const Constants& constants, Wanted wanted, at::Tensor* z_loss_out, at::Tensor* lse_out,
+      const std::optional<at::Tensor>& bias) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, z_loss, lse] = fused_linear_cross_entropy(input, weight, constants.target, bias,
+        constants.ce_weight, constants.ignore_index, constants.label_smoothing, constants.lse_square_scale,
+        constants.softcap, constants.reduction, constants.num_items, constants.accum_dtype,
+        constants.workspace_bytes, constants.compute_dtype);
+    ctx->save_for_backward({input, weight, constants.target, bias.value_or(at::Tensor()),
+        constants.ce_weight.value_or(at::Tensor())});
+    ctx->saved_data["ignore_index"] = constants.ignore_index;
+    ctx->saved_data["label_smoothing"] = constants.label_smoothing;
+    ctx->saved_data["lse_square_scale"] = constants.lse_square_scale;
+    ctx->saved_data["softcap"] = constants.softcap;
+    ctx->saved_data["accum_dtype"] = constants.accum_dtype;
+    ctx->saved_data["workspace_bytes"] = constants.workspace_bytes;
+    ctx->saved_data["compute_dtype"] = constants.compute_dtype;
+    ctx->saved_data["need_dinput"] = wanted.dinput;
+    ctx->saved_data["need_dweight"] = wanted.dweight;
+    ctx->saved_data["need_dbias"] = wanted.dbias;
+    ctx->set_materialize_grads(false);
+    *z_loss_out = z_loss;
+    *lse_out = lse;
+    return {loss};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(7);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    auto& data = ctx->saved_data;
+    const bool need_dinput = data["need_dinput"].toBool();
+    const bool need_dweight = data["need_dweight"].toBool();
+    const bool need_dbias = data["need_dbias"].toBool();
+    auto [dinput, dweight, dbias] =
+        fused_linear_cross_entropy_backward(grads[0], saved[0], saved[1], saved[2], optional(saved[3]),
+            optional(saved[4]), data["ignore_index"].toInt(), data["label_smoothing"].toDouble(),
+            data["lse_square_scale"].toDouble(), data["softcap"].toOptional<double>(),
+            data["accum_dtype"].toOptional<at::ScalarType>(), data["workspace_bytes"].toOptional<int64_t>(),
+            data["compute_dtype"].toOptional<at::ScalarType>(), need_dinput, need_dweight, need_dbias);
+    if (need_dinput) result[0] = dinput;
+    if (need_dweight) result[1] = dweight;
+    if (need_dbias) result[6] = dbias;
+    return result;
+  }
+};
+
+void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->requires_grad(),
+      "liger::fused_linear_cross_entropy: the gradient with respect to ", name,
+      " is not implemented; detach() it");
+}
+
+}  // namespace
+
+TensorTriple fused_linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  Wanted wanted{};
+  if (at::GradMode::is_enabled()) {
+    check_no_gradient("ce_weight", ce_weight);
+    check_no_gradient("num_items", num_items);
+    wanted = {input.requires_grad(), weight.requires_grad(), bias && bias->requires_grad()};
+  }
+  if (!wanted.dinput && !wanted.dweight && !wanted.dbias) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return fused_linear_cross_entropy(input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
+        lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
+  }
+  const Constants constants{target, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+      reduction, num_items, accum_dtype, workspace_bytes, compute_dtype};
+  at::Tensor z_loss, lse;
+  const auto loss = reduction == "none"
+      ? FusedLinearCrossEntropyUnreducedFunction::apply(input, weight, constants, wanted, &z_loss, &lse, bias)
+      : FusedLinearCrossEntropyFunction::apply(input, weight, constants, wanted, &z_loss, &lse, bias);
+  return {loss[0], z_loss, lse};
+}
+
+namespace {
+
+// The products run in the autocast dtype, as those of linear. The arguments keep theirs, so that the
+// gradients of float32 weights come back unrounded. float64 takes no part in autocast.
+TensorTriple fused_linear_cross_entropy_autocast(at::DeviceType device, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  NoAutocast guard;
+  const auto takes_part = [](const at::Tensor& t) {
+    return t.is_floating_point() && t.scalar_type() != at::kDouble;
+  };
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  if (!compute_dtype && (dtype == at::kBFloat16 || dtype == at::kHalf) && takes_part(input) &&
+      takes_part(weight) && (!bias || takes_part(*bias))) {
+    compute_dtype = dtype;
+  }
+  return fused_linear_cross_entropy(input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
+      lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
+}
+
+}  // namespace
+
+TensorTriple fused_linear_cross_entropy_autocast_cpu(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  return fused_linear_cross_entropy_autocast(at::kCPU, input, weight, target, bias, ce_weight, ignore_index,
+      label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
+      compute_dtype);
+}
+
+TensorTriple fused_linear_cross_entropy_autocast_cuda(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+  return fused_linear_cross_entropy_autocast(at::kCUDA, input, weight, target, bias, ce_weight, ignore_index,
+      label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
+      compute_dtype);
+}
+
+}  // namespace liger

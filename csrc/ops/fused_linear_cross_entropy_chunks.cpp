@@ -1,0 +1,229 @@
+#include "ops/fused_linear_cross_entropy_chunks.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "ops/checks.h"
+
+namespace liger {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows per chunk: as many as fit, spread evenly over the chunks, in whole tiles of the matrix products.
+int64_t chunk_rows(int64_t tokens, int64_t row_bytes, int64_t workspace) {
+  constexpr int64_t kTile = 128;
+  const int64_t most = std::clamp<int64_t>(workspace / std::max<int64_t>(row_bytes, 1), 1, tokens);
+  const int64_t even = ceil_div(tokens, ceil_div(tokens, most));
+  return std::min(most, ceil_div(even, kTile) * kTile);
+}
+
+// 1 / x, and 0 for 0.
+at::Tensor reciprocal_or_zero(const at::Tensor& x) { return at::where(x.eq(0), x, x.reciprocal()); }
+
+struct Gradients {
+  at::Tensor dinput, dweight, dbias;
+};
+
+class Chunks {
+ public:
+  Chunks(const FusedLinearCrossEntropyDevice& device, const FusedLinearCrossEntropyArguments& args)
+      : device_(device),
+        args_(args),
+        tokens_(args.input.size(0)),
+        hidden_(args.input.size(1)),
+        classes_(args.weight.size(0)),
+        accumulate_(accumulate_type(args.options.compute_dtype)),
+        stats_(args.input.options().dtype(accumulate_)),
+        input_(args.input.to(args.options.compute_dtype)),
+        weight_(args.weight.to(args.options.compute_dtype)),
+        target_(args.target.contiguous()),
+        class_weight_(accumulate_weight(args.ce_weight, accumulate_)),
+        totals(at::empty({kTotals}, stats_)),
+        ce(at::empty({tokens_}, stats_)),
+        lse(at::empty({tokens_}, stats_)) {
+    if (args.bias) bias_ = args.bias->to(args.options.compute_dtype);
+    device.rows.totals({.op = args.op,
+        .target = target_,
+        .weight = class_weight_,
+        .num_items = args.num_items ? args.num_items->to(accumulate_) : at::Tensor(),
+        .totals = totals,
+        .classes = classes_,
+        .options = args.options.loss});
+  }
+
+  bool gradients() const { return args_.need_dinput || args_.need_dweight || args_.need_dbias; }
+  bool float16() const { return args_.options.compute_dtype == at::kHalf; }
+
+  // Fills ce and lse, and computes the gradients that are asked for. In float16 they are short of a division
+  // by totals[0] (`divide` is false then), and the sums over tokens are taken as means, so that they stay in
+  // range.
+  Gradients run(const at::Tensor& dloss) {
+    const double mean = float16() && tokens_ > 0 ? 1.0 / static_cast<double>(tokens_) : 1.0;
+    const auto compute = input_.options();
+    Gradients out;
+    out.dinput =
+        at::empty(args_.need_dinput ? args_.input.sizes() : at::IntArrayRef{0}, args_.input.options());
+    at::Tensor dweight, dbias;
+    if (args_.need_dweight) dweight = accumulator({classes_, hidden_}, args_.options.accum_dtype);
+    if (args_.need_dbias) dbias = accumulator({classes_}, accumulate_);
+
+    if (tokens_ > 0) {
+      const int64_t element = static_cast<int64_t>(input_.element_size());
+      const int64_t step = std::max<int64_t>(1, device_.row_alignment_bytes / element);
+      const int64_t stride = ceil_div(std::max<int64_t>(classes_, 1), step) * step;
+      const int64_t rows = chunk_rows(tokens_, stride * element, workspace());
+      const auto buffer = at::empty({rows, stride}, compute);
+      for (int64_t start = 0; start < tokens_; start += rows) {
+        const int64_t count = std::min(rows, tokens_ - start);
+        const auto input = input_.narrow(0, start, count);
+        auto logits = buffer.narrow(0, 0, count).narrow(1, 0, classes_);
+        if (bias_.defined()) {
+          at::addmm_out(logits, bias_, input, weight_.t());
+        } else {
+          at::mm_out(logits, input, weight_.t());
+        }
+        device_.rows.forward({.op = args_.op,
+            .logits = logits,
+            .dlogits = gradients() ? logits : at::Tensor(),
+            .target = target_.narrow(0, start, count),
+            .weight = class_weight_,
+            .totals = totals,
+            .dloss = dloss.defined() ? dloss.narrow(0, start, count) : at::Tensor(),
+            .ce = ce.narrow(0, start, count),
+            .lse = lse.narrow(0, start, count),
+            .options = args_.options.loss,
+            .divide = !float16()});
+
+        // The buffer holds the gradient of the logits now.
+        const double beta = start == 0 ? 0 : 1;
+        if (args_.need_dinput) {
+          auto rows_out = out.dinput.narrow(0, start, count);
+          product(rows_out, logits, weight_, 0, 1);
+        }
+        if (args_.need_dweight) product(dweight, logits.t(), input, beta, mean);
+        if (args_.need_dbias) {
+          const auto sums = at::sum(logits, 0, /*keepdim=*/false, dbias.scalar_type());
+          start == 0 ? dbias.copy_(sums) : dbias.add_(sums);
+        }
+      }
+    }
+    if (dbias.defined() && mean != 1) dbias.mul_(mean);
+    out.dweight =
+        dweight.defined() ? dweight.to(args_.weight.scalar_type()) : at::empty({0}, args_.weight.options());
+    out.dbias = dbias.defined() ? dbias.to(args_.bias->scalar_type())
+                                : at::empty({0}, args_.bias.value_or(args_.input).options());
+    return out;
+  }
+
+ private:
+  // Uninitialised: the first chunk overwrites it. Zeros where there is none.
+  at::Tensor accumulator(at::IntArrayRef sizes, at::ScalarType dtype) const {
+    const auto options = input_.options().dtype(dtype);
+    return tokens_ > 0 ? at::empty(sizes, options) : at::zeros(sizes, options);
+  }
+
+  int64_t workspace() const {
+    const auto& asked = args_.options.workspace_bytes;
+    const int64_t statistics = 4 * tokens_ * static_cast<int64_t>(lse.element_size());
+    return (asked ? *asked : device_.default_workspace(weight_)) - statistics;
+  }
+
+  // out = beta * out + alpha * a @ b, in out's dtype.
+  void product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha) const {
+    if (out.scalar_type() == a.scalar_type()) {
+      at::addmm_out(out, out, a, b, beta, alpha);
+    } else if (out.scalar_type() == at::kFloat) {
+      device_.addmm_float32(out, a, b, beta, alpha);
+    } else {  // one 16-bit dtype computed in the other
+      TORCH_INTERNAL_ASSERT(beta == 0);
+      auto wide = at::empty(out.sizes(), out.options().dtype(at::kFloat));
+      device_.addmm_float32(wide, a, b, beta, alpha);
+      out.copy_(wide);
+    }
+  }
+
+  const FusedLinearCrossEntropyDevice& device_;
+  const FusedLinearCrossEntropyArguments& args_;
+  const int64_t tokens_, hidden_, classes_;
+  const at::ScalarType accumulate_;
+  const at::TensorOptions stats_;
+  const at::Tensor input_, weight_, target_, class_weight_;
+  at::Tensor bias_;
+
+ public:
+  const at::Tensor totals, ce, lse;
+};
+
+}  // namespace
+
+FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_chunks(
+    const FusedLinearCrossEntropyDevice& device, const FusedLinearCrossEntropyArguments& args) {
+  Chunks chunks(device, args);
+  const auto gradients = chunks.run(/*dloss=*/{});
+  const auto reduction = args.options.loss.reduction;
+  auto [loss, z_loss] = empty_losses(chunks.lse, reduction);
+  device.rows.reduce({.ce = chunks.ce,
+      .lse = chunks.lse,
+      .totals = chunks.totals,
+      .loss = loss,
+      .z_loss = z_loss,
+      .options = args.options.loss});
+  auto grad_scale = at::empty({0}, loss.options());
+  if (chunks.float16() && chunks.gradients()) {
+    const auto scale = reciprocal_or_zero(chunks.totals.select(0, 0));
+    grad_scale = at::stack({scale, scale.mul(static_cast<double>(args.input.size(0)))});
+  }
+  return {loss, z_loss, chunks.lse, gradients.dinput, gradients.dweight, gradients.dbias, grad_scale};
+}
+
+TensorTriple fused_linear_cross_entropy_backward_chunks(const FusedLinearCrossEntropyDevice& device,
+    const FusedLinearCrossEntropyArguments& args, const at::Tensor& dloss) {
+  Chunks chunks(device, args);
+  const int64_t tokens = args.input.size(0);
+  if (!chunks.float16() || tokens == 0) {
+    const auto gradients = chunks.run(dloss.contiguous());
+    return {gradients.dinput, gradients.dweight, gradients.dbias};
+  }
+  // The largest upstream gradient is taken out of the float16 products and put back in one rounding.
+  const auto largest = at::amax(dloss.abs());
+  auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(largest)).contiguous());
+  const auto sum_scale = largest.mul(static_cast<double>(tokens));
+  if (args.need_dinput) device.scale(gradients.dinput, largest);
+  if (args.need_dweight) device.scale(gradients.dweight, sum_scale);
+  if (args.need_dbias) device.scale(gradients.dbias, sum_scale);
+  return {gradients.dinput, gradients.dweight, gradients.dbias};
+}
+
+void addmm_float32_by_blocks(
+    at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha) {
+  constexpr int64_t kBlockElements = int64_t{1} << 22;
+  const int64_t rows = a.size(0), inner = a.size(1), cols = b.size(1);
+  if (rows >= inner) {
+    const auto wide_b = b.to(at::kFloat);
+    const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, inner));
+    for (int64_t start = 0; start < rows; start += block) {
+      const int64_t count = std::min(block, rows - start);
+      auto out_rows = out.narrow(0, start, count);
+      at::addmm_out(out_rows, out_rows, a.narrow(0, start, count).to(at::kFloat), wide_b, beta, alpha);
+    }
+  } else {
+    const int64_t block = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, std::max(rows, cols)));
+    for (int64_t start = 0; start < inner; start += block) {
+      const int64_t count = std::min(block, inner - start);
+      at::addmm_out(out, out, a.narrow(1, start, count).to(at::kFloat),
+          b.narrow(0, start, count).to(at::kFloat), start == 0 ? beta : 1.0, alpha);
+    }
+  }
+}
+
+}  // namespace liger

@@ -1,0 +1,13 @@
+"""Modules over the operators, with Liger's class names and signatures. Nothing here imports transformers."""
+
+from liger_ops.nn.cross_entropy import LigerCrossEntropyLoss
+from liger_ops.nn.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from liger_ops.nn.rms_norm import LigerRMSNorm
+from liger_ops.nn.swiglu import LigerSwiGLUMLP
+
+__all__ = [
+    "LigerCrossEntropyLoss",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerRMSNorm",
+    "LigerSwiGLUMLP",
+]

@@ -1,0 +1,78 @@
+"""Hugging Face integration: patching models, the Trainer flag, and Liger's names over the operators.
+
+Submodules that need transformers are imported when a name of theirs is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from liger_ops.nn import (
+    LigerCrossEntropyLoss,
+    LigerFusedLinearCrossEntropyLoss,
+    LigerRMSNorm,
+    LigerSwiGLUMLP,
+)
+from liger_ops.transformers.functional import (
+    liger_cross_entropy,
+    liger_fused_linear_cross_entropy,
+    liger_rms_norm,
+    liger_rope,
+    liger_rotary_pos_emb,
+    liger_swiglu,
+)
+
+if TYPE_CHECKING:
+    from liger_ops.transformers.apply import MODEL_TYPE_TO_APPLY_LIGER_FN, apply_liger_kernel_to_llama
+    from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_ops.transformers.patching import patch, patched
+    from liger_ops.transformers.report import PatchReport
+    from liger_ops.transformers.trainer import install, uninstall
+
+__all__ = [
+    "MODEL_TYPE_TO_APPLY_LIGER_FN",
+    "AutoLigerKernelForCausalLM",
+    "LigerCrossEntropyLoss",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerRMSNorm",
+    "LigerSwiGLUMLP",
+    "PatchReport",
+    "apply_liger_kernel_to_llama",
+    "install",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_rms_norm",
+    "liger_rope",
+    "liger_rotary_pos_emb",
+    "liger_swiglu",
+    "patch",
+    "patched",
+    "uninstall",
+]
+
+_LAZY = {
+    "MODEL_TYPE_TO_APPLY_LIGER_FN": "apply",
+    "_apply_liger_kernel": "apply",
+    "_apply_liger_kernel_to_instance": "apply",
+    "apply_liger_kernel_to_llama": "apply",
+    "AutoLigerKernelForCausalLM": "auto_model",
+    "PatchReport": "report",
+    "install": "trainer",
+    "patch": "patching",
+    "patched": "patching",
+    "uninstall": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    submodule = _LAZY.get(name)
+    if submodule is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{submodule}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

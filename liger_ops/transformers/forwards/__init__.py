@@ -1,0 +1,1 @@
+"""What runs in place of the stock forwards: one file per kind of forward."""

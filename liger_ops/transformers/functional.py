@@ -1,0 +1,145 @@
+"""The operators under Liger's function names, argument orders and result dtypes."""
+
+from __future__ import annotations
+
+import torch
+
+import liger_ops.functional as LF
+from liger_ops.nn._loss_options import refuse
+
+__all__ = [
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_rms_norm",
+    "liger_rope",
+    "liger_rotary_pos_emb",
+    "liger_swiglu",
+]
+
+
+def liger_rms_norm(
+    X: torch.Tensor,
+    W: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> torch.Tensor:
+    """``X / rms(X) · (offset + W)`` over the last dimension, in X's dtype. Both ``in_place`` mean the same.
+    """
+    return LF.rms_norm(X, W, eps, offset, casting_mode)
+
+
+def liger_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding of q (B, Hq, S, D) and k (B, Hk, S, D).
+
+    cos and sin are (1 or B, S, R) or (S, R) with R ≤ D and belong to the given rows already, so
+    ``position_ids`` is not used. With ``unsqueeze_dim=2`` q and k are (B, S, H, D). ValueError for another
+    ``unsqueeze_dim``.
+    """
+    if cos.dim() == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    if unsqueeze_dim == 1:
+        return LF.rope(q, k, cos, sin)
+    if unsqueeze_dim == 2:
+        q, k = LF.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+    raise ValueError(f"unsqueeze_dim must be 1 or 2 (the dimension of the heads), got {unsqueeze_dim}")
+
+
+liger_rotary_pos_emb = liger_rope
+
+
+def liger_swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``silu(a) · b``."""
+    return LF.swiglu(a, b)
+
+
+def liger_cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> torch.Tensor:
+    """Cross entropy of logits (T, V) and int64 targets (T,), in the logits' dtype as ``F.cross_entropy``
+    returns it.
+
+    Raises NotImplementedError for a ``return_*`` flag that is set.
+    """
+    refuse(
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    loss = LF.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+    )
+    return loss.to(input.dtype)
+
+
+def liger_fused_linear_cross_entropy(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ce_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> torch.Tensor:
+    """Cross entropy of ``input @ weightᵀ + bias`` for input (T, H), weight (V, H), int64 targets (T,); loss
+    in fp32.
+
+    Raises NotImplementedError for ``use_token_scaling`` or a ``return_*`` flag that is set.
+    """
+    refuse(
+        return_z_loss=return_z_loss,
+        use_token_scaling=use_token_scaling,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )
+    return LF.fused_linear_cross_entropy(
+        input,
+        weight,
+        target,
+        bias,
+        ce_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        accum_dtype=accum_dtype,
+    )

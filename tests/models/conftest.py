@@ -1,0 +1,30 @@
+"""Isolation of the tests that patch models."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from liger_ops.transformers import sites
+
+# transformers and accelerate are optional dependencies.
+if not all(map(importlib.util.find_spec, ("transformers", "accelerate"))):
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def stock_afterwards():
+    """Stock classes for the next test: a model that is gone is not undone by that."""
+    yield
+    for site in list(sites._sites.values()):
+        site.users.clear()
+        site.release(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small spend their time on waking threads, the more so when tests share the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,48 @@
+"""Patched models under FSDP2, in one process: sharded parameters in and around the patched forwards."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import MODELS, Operators, assert_same_gradients, batch, step, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from liger_ops.transformers import patch
+
+
+@pytest.fixture
+def mesh(tmp_path, device):
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh(device, (1,))
+    dist.destroy_process_group()
+
+
+def shard(model, mesh, head):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if head:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("head", [False, True], ids=["head_in_root", "head_alone"])
+@pytest.mark.parametrize("family", MODELS)
+def test_fully_shard(family, head, when, mesh, device):
+    loss, gradients = step(tiny(family, device), **batch(device))
+    model = tiny(family, device)
+    if when == "before":
+        patch(model)
+    shard(model, mesh, head)
+    if when == "after":
+        patch(model)
+    with Operators() as operators:
+        out = model(**batch(device))
+        out.loss.backward()
+    # A head that is sharded alone is gathered by its own hooks, so it has to be called.
+    assert operators.calls["cross_entropy" if head else "fused_linear_cross_entropy"] == 1
+    assert operators.calls["rms_norm"] == 2 * model.config.num_hidden_layers + 1
+    torch.testing.assert_close(out.loss.detach(), loss, rtol=1e-5, atol=0)
+    gathered = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    assert_same_gradients(gathered, gradients)

@@ -1,0 +1,322 @@
+"""The Trainer flag, from construction to evaluation."""
+
+import copy
+import dataclasses
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny import TEXT, Operators, tiny, twin
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.integrations import liger
+
+from liger_ops.transformers import install, uninstall
+from liger_ops.transformers.trainer import reports
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+ALL = {"rms_norm", "rope", "swiglu", "fused_linear_cross_entropy"}
+
+
+@pytest.fixture
+def installed():
+    install()
+    yield
+    uninstall()
+
+
+@pytest.fixture
+def arguments(tmp_path, device):
+    """Training arguments for a few quick steps, with changes."""
+
+    def make(cls=TrainingArguments, **changes):
+        quick = dict(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=device == "cpu",
+            seed=0,
+        )
+        return cls(**quick | changes)
+
+    return make
+
+
+def dataset(rows=12):
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for row in range(rows):
+        ids = torch.randint(3, TEXT["vocab_size"], (12,), generator=generator)
+        labels = ids.clone()
+        # A different number of labels in each row, so that means of means differ from the mean.
+        labels[: 1 + row % 7] = -100
+        examples.append(dict(input_ids=ids, labels=labels))
+    return examples
+
+
+def run(model, arguments, **changes):
+    trainer = Trainer(model, arguments, train_dataset=dataset(), **changes)
+    with Operators() as operators:
+        trainer.train()
+    return trainer, operators.calls, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("flag", ["use_liger", "use_liger_kernel"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training(installed, arguments, device, flag, accumulation):
+    model = tiny(device=device)
+    stock, initial = twin(model), twin(model)
+    options = dict(gradient_accumulation_steps=accumulation)
+    _, calls, losses = run(model, arguments(**options, **{flag: True}))
+    assert set(calls) >= ALL
+    assert calls["fused_linear_cross_entropy"] == 3 * accumulation
+    _, calls, stock_losses = run(stock, arguments(**options))
+    assert not set(calls) & (ALL - {"rope"})
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+    for (name, p), q, start in zip(
+        model.named_parameters(), stock.parameters(), initial.parameters(), strict=True
+    ):
+        # Adam divides by the gradient's size, so a few gradients near zero move differently.
+        assert (p - q).norm() <= 2e-2 * (q - start).norm(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(bf16=True), dict(gradient_checkpointing=True), dict(average_tokens_across_devices=False)],
+    ids=lambda options: next(iter(options)),
+)
+def test_training_options(installed, arguments, device, options):
+    model = tiny(device=device)
+    stock = twin(model)
+    _, calls, losses = run(model, arguments(use_liger=True, **options))
+    assert set(calls) >= ALL
+    _, _, stock_losses = run(stock, arguments(**options))
+    assert losses == pytest.approx(stock_losses, rel=1e-2 if "bf16" in options else 1e-4)
+
+
+def test_label_smoothing(installed, arguments, device):
+    """The Trainer takes the labels away and computes the loss from logits itself."""
+    model = tiny(device=device)
+    stock = twin(model)
+    options = dict(label_smoothing_factor=0.1)
+    trainer, calls, losses = run(model, arguments(use_liger=True, **options), eval_dataset=dataset(4))
+    assert "fused_linear_cross_entropy" not in calls and calls["rms_norm"]
+    reference, _, stock_losses = run(stock, arguments(**options), eval_dataset=dataset(4))
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_evaluate_and_predict(installed, arguments, device):
+    model = tiny(device=device)
+    stock = twin(model)
+    trainer, _, _ = run(model, arguments(use_liger=True), eval_dataset=dataset(6))
+    reference, _, _ = run(stock, arguments(), eval_dataset=dataset(6))
+    with Operators() as operators:
+        metrics = trainer.evaluate()
+    # Nobody reads logits here, so none are computed.
+    assert operators.calls["fused_linear_cross_entropy"] and not operators.calls["cross_entropy"]
+    assert metrics["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-4)
+    prediction, expected = trainer.predict(dataset(6)), reference.predict(dataset(6))
+    assert prediction.predictions.shape == (6, 12, TEXT["vocab_size"])
+    np.testing.assert_allclose(prediction.predictions, expected.predictions, rtol=1e-2, atol=1e-3)
+
+
+def test_compute_metrics_gets_logits(installed, arguments, device):
+    shapes = []
+
+    def compute_metrics(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    trainer, _, _ = run(
+        tiny(device=device),
+        arguments(use_liger=True),
+        eval_dataset=dataset(6),
+        compute_metrics=compute_metrics,
+    )
+    assert "eval_accuracy" in trainer.evaluate()
+    assert shapes == [(6, 12, TEXT["vocab_size"])]
+
+
+def test_training_twice(installed, arguments, device):
+    model = tiny(device=device)
+    trainer, _, _ = run(model, arguments(use_liger=True, bf16=True))
+    with Operators() as operators:
+        trainer.train()
+    assert operators.calls["fused_linear_cross_entropy"] == 3
+    first, second = reports()
+    assert not any(row.already for row in first.patched)
+    assert all(row.already for row in second.patched) and not second.skipped
+
+
+def test_configuration_goes_to_patch(installed, arguments, device):
+    off = dict(rope=False, fused_linear_cross_entropy=False)
+    _, calls, _ = run(tiny(device=device), arguments(use_liger=True, liger_kernel_config=off))
+    assert calls["rms_norm"] and calls["swiglu"]
+    assert not calls["rope"] and not calls["fused_linear_cross_entropy"]
+    with pytest.raises(TypeError, match="unknown option ropes; the options of llama are"):
+        run(tiny(device=device), arguments(use_liger=True, liger_kernel_config=dict(ropes=True)))
+
+
+def test_model_init(installed, arguments, device):
+    trainer = Trainer(
+        model_init=lambda: tiny(device=device), args=arguments(use_liger=True), train_dataset=dataset()
+    )
+    with Operators() as operators:
+        trainer.train()
+    assert operators.calls["fused_linear_cross_entropy"] == 3
+
+
+def test_skipped_parts_are_logged(installed, arguments, device, caplog):
+    with caplog.at_level(logging.INFO, logger="liger_ops"):
+        run(tiny(device=device), arguments(use_liger=True))
+        assert [record.levelname for record in caplog.records if "liger_ops on" in record.message] == ["INFO"]
+        caplog.clear()
+        run(tiny(device=device, hidden_act="gelu"), arguments(use_liger=True))
+    (record,) = (record for record in caplog.records if "liger_ops on" in record.message)
+    assert record.levelname == "WARNING"
+    assert "the activation is GELUActivation, not SiLU" in record.message
+
+
+def test_torch_compile(installed, arguments, device):
+    torch.compiler.reset()
+    options = dict(use_liger=True, torch_compile=True, torch_compile_backend="aot_eager")
+    model = tiny(device=device)
+    stock = twin(model)
+    _, _, losses = run(model, arguments(**options))
+    _, _, stock_losses = run(stock, arguments())
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
+def test_peft(installed, arguments, device):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny(device=device), config)
+    stock = copy.deepcopy(model)
+    _, calls, losses = run(model, arguments(use_liger=True))
+    assert set(calls) >= ALL
+    _, _, stock_losses = run(stock, arguments())
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
+def test_without_install_the_stock_behaviour_stays(arguments):
+    with pytest.raises(TypeError, match="use_liger"):
+        arguments(use_liger=True)
+
+
+def state():
+    classes = (TrainingArguments, Seq2SeqTrainingArguments)
+    return (
+        [vars(cls).get("__init__") for cls in classes],
+        [inspect.signature(cls) for cls in classes],
+        liger.apply_liger_kernel,
+        transformers.trainer.apply_liger_kernel,
+        transformers.integrations.apply_liger_kernel,
+    )
+
+
+def test_install_and_uninstall(arguments, device):
+    before = state()
+    install()
+    once = state()
+    install()
+    assert state() == once
+    assert all(changed is not stock for changed, stock in zip(once[2:], before[2:], strict=True))
+    assert "use_liger" in inspect.signature(TrainingArguments).parameters
+    model = tiny(device=device)
+    run(model, arguments(use_liger=True))
+    uninstall()
+    assert state() == before
+    with Operators() as operators:
+        model(input_ids=torch.tensor([[3, 4, 5]], device=device))
+    assert not operators.calls
+    with pytest.raises(TypeError, match="use_liger"):
+        arguments(use_liger=True)
+    uninstall()
+    assert state() == before
+
+
+def test_arguments_stay_ordinary_dataclasses(installed, arguments, tmp_path):
+    made = arguments(use_liger=True)
+    assert made.use_liger_kernel is True and not hasattr(made, "use_liger")
+    assert arguments(use_liger=False).use_liger_kernel is False
+    assert arguments(use_liger=None).use_liger_kernel is False
+    assert "use_liger" not in made.to_dict()
+    assert pickle.loads(pickle.dumps(made)).use_liger_kernel
+    assert copy.deepcopy(made).use_liger_kernel
+    assert dataclasses.replace(made, seed=3).use_liger_kernel
+    assert TrainingArguments(str(tmp_path), use_liger=True).use_liger_kernel
+    assert arguments(Seq2SeqTrainingArguments, use_liger=True).use_liger_kernel
+    (parsed,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_liger_kernel", "True"]
+    )
+    assert parsed.use_liger_kernel
+
+
+def test_contradiction(installed, arguments):
+    with pytest.raises(ValueError, match="the same option, got True and False"):
+        arguments(use_liger=True, use_liger_kernel=False)
+    assert arguments(use_liger=True, use_liger_kernel=True).use_liger_kernel
+
+
+def test_own_use_liger_field_keeps_its_meaning(arguments):
+    @dataclass
+    class Own(TrainingArguments):
+        use_liger: str = "mine"
+
+    class HandWritten(TrainingArguments):
+        def __init__(self, *args, use_liger="mine", **kwargs):
+            super().__init__(*args, **kwargs)
+            self.wish = use_liger
+
+    class PassingOn(TrainingArguments):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    install()
+    try:
+        own = arguments(Own, use_liger="other")
+        assert own.use_liger == "other" and not own.use_liger_kernel
+        assert arguments(HandWritten, use_liger="other").wish == "other"
+        assert arguments(PassingOn, use_liger=True).use_liger_kernel
+    finally:
+        uninstall()
+
+
+def test_subclass_defined_after_install(installed, arguments):
+    @dataclass
+    class Later(TrainingArguments):
+        extra: int = 0
+
+    with pytest.raises(TypeError, match="use_liger"):
+        arguments(Later, use_liger=True)
+    install()
+    assert arguments(Later, use_liger=True, extra=3).use_liger_kernel
+
+
+def test_trainer_is_not_imported_and_picks_it_up_later():
+    code = """
+import sys
+from liger_ops.transformers import install, uninstall
+install()
+assert "transformers.trainer" not in sys.modules
+from transformers import trainer
+from liger_ops.transformers.trainer import apply_liger_kernel
+assert trainer.apply_liger_kernel is apply_liger_kernel
+uninstall()
+assert trainer.apply_liger_kernel.__module__ == "transformers.integrations.liger"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,85 @@
+"""The functions under Liger's names: argument order, result dtypes, and what they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from liger_ops.transformers import functional as lf
+
+ROWS, HIDDEN, VOCAB = 6, 16, 40
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.fixture
+def head(device):
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.fixture
+def target(device):
+    return torch.tensor([1, 5, -100, 39, 0, 7], device=device)
+
+
+def test_rms_norm(x):
+    w = torch.linspace(0.5, 1.5, HIDDEN, device=x.device)
+    expected = F.rms_norm(x, (HIDDEN,), w, 1e-5)
+    torch.testing.assert_close(lf.liger_rms_norm(x, w, 1e-5), expected)
+    torch.testing.assert_close(lf.liger_rms_norm(x, w - 1, 1e-5, 1.0, "gemma", False), expected)
+
+
+def test_swiglu(x):
+    torch.testing.assert_close(lf.liger_swiglu(x, 2 * x), F.silu(x) * 2 * x)
+
+
+def rotated(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def test_rope(device):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 5, 8, generator=generator).to(device) for heads in (4, 2))
+    cos, sin = (torch.randn(1, 5, 8, generator=generator).to(device) for _ in range(2))
+    expected = rotated(q, cos, sin), rotated(k, cos, sin)
+    for rows in (cos, sin), (cos[0], sin[0]):
+        for actual, wanted in zip(lf.liger_rope(q, k, *rows), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+    positions = torch.arange(5, device=device)[None]
+    heads_last = lf.liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, positions, 2)
+    for actual, wanted in zip(heads_last, expected, strict=True):
+        torch.testing.assert_close(actual, wanted.transpose(1, 2))
+    with pytest.raises(ValueError, match="unsqueeze_dim must be 1 or 2"):
+        lf.liger_rope(q, k, cos, sin, unsqueeze_dim=3)
+    assert lf.liger_rotary_pos_emb is lf.liger_rope
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+def test_cross_entropy(x, head, target):
+    logits = x @ head.T
+    torch.testing.assert_close(lf.liger_cross_entropy(logits, target), F.cross_entropy(logits, target))
+    for arguments in (dict(reduction="sum"), dict(size_average=False), dict(reduce=False)):
+        actual = lf.liger_cross_entropy(logits, target, **arguments)
+        torch.testing.assert_close(actual, F.cross_entropy(logits, target, **arguments))
+    assert lf.liger_cross_entropy(logits.bfloat16(), target).dtype == torch.bfloat16
+
+
+def test_fused_linear_cross_entropy(x, head, target):
+    bias = torch.linspace(-1, 1, VOCAB, device=x.device)
+    loss = lf.liger_fused_linear_cross_entropy(x, head, target, bias)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, head, bias), target))
+    loss = lf.liger_fused_linear_cross_entropy(x.bfloat16(), head.bfloat16(), target)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flag", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"])
+def test_refused_flags(x, head, target, flag):
+    with pytest.raises(NotImplementedError, match=flag):
+        lf.liger_cross_entropy(x, target, **{flag: True})
+    with pytest.raises(NotImplementedError, match=flag):
+        lf.liger_fused_linear_cross_entropy(x, head, target, **{flag: True})
+    with pytest.raises(NotImplementedError, match="use_token_scaling"):
+        lf.liger_fused_linear_cross_entropy(x, head, target, use_token_scaling=True)
