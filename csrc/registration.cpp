@@ -113,6 +113,14 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rope_backward", liger::rope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
+  m.impl("cross_entropy", liger::cross_entropy_cuda);
+  m.impl("cross_entropy_forward", liger::cross_entropy_forward_cuda);
+  m.impl("cross_entropy_backward", liger::cross_entropy_backward_cuda);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_cuda);
+  m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_cuda);
+  m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_cuda);
+  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_cuda);
+  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_cuda);
 }
 #endif
 

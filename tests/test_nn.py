@@ -35,7 +35,9 @@ def compare(actual, expected, inputs):
     gradients = torch.autograd.grad((actual * weights).sum(), inputs)
     wanted = torch.autograd.grad((expected * weights).sum(), inputs)
     for gradient, reference in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+        # Elements that cancel are as precise as the terms of their sums.
+        atol = 1e-5 * reference.abs().max().item()
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=atol)
 
 
 def test_rms_norm(device):

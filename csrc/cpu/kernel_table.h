@@ -18,6 +18,7 @@ constexpr Kernels kKernelTable = {
     .swiglu_backward = swiglu_backward,
     .cross_entropy_forward = cross_entropy_forward,
     .cross_entropy_backward = cross_entropy_backward,
+    .scale = scale,
 };
 
 }  // namespace CPU_CAPABILITY

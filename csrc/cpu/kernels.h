@@ -83,7 +83,15 @@ struct CrossEntropy {
   int64_t ignore_index;
   double label_smoothing, lse_square_scale;
   double softcap;  // 0: none
-  bool divide;
+  bool divide;     // see ops/cross_entropy_rows.h
+};
+
+struct Scale {
+  at::ScalarType dtype;
+  const void* in;  // [size]
+  void* out;       // [size]; may be in
+  int64_t size;
+  double factor;  // of the accumulate type's precision
 };
 
 struct Kernels {
@@ -94,6 +102,7 @@ struct Kernels {
   void (*swiglu_backward)(const Swiglu&);
   void (*cross_entropy_forward)(const CrossEntropy&);
   void (*cross_entropy_backward)(const CrossEntropy&);
+  void (*scale)(const Scale&);
 };
 
 const Kernels& kernels();

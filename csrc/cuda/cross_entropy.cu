@@ -25,11 +25,13 @@ A* mutable_pointer(const at::Tensor& tensor) {
 }
 
 void totals_cuda(const CrossEntropyTotals& args) {
+  const auto op = std::string_view(args.op) == "cross_entropy" ? cuda::TargetsOf::kCrossEntropy
+                                                               : cuda::TargetsOf::kFusedLinearCrossEntropy;
   dispatch_accumulate(args.totals, [&](auto accumulate) {
     using A = decltype(accumulate);
     cuda::cross_entropy_totals_kernel<A><<<1, cuda::kTotalsThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
         args.target.const_data_ptr<int64_t>(), args.target.numel(), pointer<A>(args.weight), args.classes,
-        pointer<A>(args.num_items), args.options.ignore_index, args.options.reduction == Reduction::kMean,
+        pointer<A>(args.num_items), args.options.ignore_index, args.options.reduction == Reduction::kMean, op,
         args.totals.mutable_data_ptr<A>());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -39,16 +41,16 @@ template <typename T>
 cuda::CrossEntropyArguments<T> kernel_arguments(const CrossEntropyRows& args) {
   using A = cuda::Accumulate<T>;
   const bool gradient = args.dlogits.defined();
-  return {
-      .logits = static_cast<const T*>(args.logits.const_data_ptr()),
+  return {.logits = static_cast<const T*>(args.logits.const_data_ptr()),
       .dlogits = gradient ? static_cast<T*>(args.dlogits.mutable_data_ptr()) : nullptr,
       .target = args.target.const_data_ptr<int64_t>(),
       .weight = pointer<A>(args.weight),
       .totals = args.totals.const_data_ptr<A>(),
       .dloss = pointer<A>(args.dloss),
       .ce = mutable_pointer<A>(args.ce),
-      .lse = mutable_pointer<A>(args.lse),
-      .lse_low = mutable_pointer<A>(args.lse_low),
+      // Forward writes them, backward reads what was saved.
+      .lse = const_cast<A*>(pointer<A>(args.lse)),
+      .lse_low = const_cast<A*>(pointer<A>(args.lse_low)),
       .rows = args.logits.size(0),
       .logits_stride = args.logits.stride(0),
       .dlogits_stride = gradient ? args.dlogits.stride(0) : 0,
@@ -61,32 +63,52 @@ cuda::CrossEntropyArguments<T> kernel_arguments(const CrossEntropyRows& args) {
       .divide = args.divide};
 }
 
-// launch(T{}, plain, threads) with the last two as compile-time constants. Wide rows take all the threads of a
-// multiprocessor, so that the rows in flight fit into L2; narrow ones leave no thread without work.
+// launch(T{}, plain) with plain as a compile-time constant: neither soft-cap nor label smoothing.
 template <typename F>
 void dispatch_rows(const CrossEntropyRows& args, const F& launch) {
   // Columns are counted in 32 bits, up to four vectors a thread past the end.
   constexpr int64_t kMaxClasses = std::numeric_limits<int32_t>::max() - 4 * 1024 * 16;
-  TORCH_CHECK_VALUE(
-      args.logits.size(1) <= kMaxClasses, "liger::", args.op, ": at most ", kMaxClasses, " classes, got ",
-      args.logits.size(1));
+  TORCH_CHECK_VALUE(args.logits.size(1) <= kMaxClasses, "liger::", args.op, ": at most ", kMaxClasses,
+      " classes, got ", args.logits.size(1));
   cuda::dispatch_floating(args.logits.scalar_type(), [&](auto element) {
     const bool plain = args.options.softcap == 0 && args.options.label_smoothing == 0;
-    const auto with_threads = [&](auto is_plain) {
-      args.logits.size(1) > 8192 ? launch(element, is_plain, std::integral_constant<int, 1024>{})
-                                 : launch(element, is_plain, std::integral_constant<int, 256>{});
-    };
-    plain ? with_threads(std::true_type{}) : with_threads(std::false_type{});
+    plain ? launch(element, std::true_type{}) : launch(element, std::false_type{});
   });
+}
+
+// Small blocks keep several rows of a multiprocessor in flight, one row's reduction behind another's loads.
+constexpr int kThreads = 256;
+
+// launch(threads) with a compile-time constant. Where the row is read a second time it must not have left L2
+// (50 MiB on an H100), so long rows get larger blocks: 256 KiB of rows a multiprocessor, or one row, are in
+// flight.
+template <typename T, typename F>
+void dispatch_threads(int64_t cols, const F& launch) {
+  const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
+  if (row_bytes <= 64 * 1024 || std::is_same_v<T, double>) {
+    launch(std::integral_constant<int, kThreads>{});
+  } else if constexpr (!std::is_same_v<T, double>) {
+    row_bytes <= 128 * 1024 ? launch(std::integral_constant<int, 512>{})
+                            : launch(std::integral_constant<int, 1024>{});
+  }
 }
 
 void forward_cuda(const CrossEntropyRows& args) {
   if (args.logits.size(0) == 0) return;
   const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
-  dispatch_rows(args, [&](auto element, auto plain, auto threads) {
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  dispatch_rows(args, [&](auto element, auto plain) {
     using T = decltype(element);
-    cuda::cross_entropy_forward_kernel<T, plain(), threads()>
-        <<<blocks, threads(), 0, at::cuda::getCurrentCUDAStream()>>>(kernel_arguments<T>(args));
+    const auto arguments = kernel_arguments<T>(args);
+    if (!args.dlogits.defined()) {
+      cuda::cross_entropy_forward_kernel<T, plain(), false, kThreads>
+          <<<blocks, kThreads, 0, stream>>>(arguments);
+      return;
+    }
+    dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
+      cuda::cross_entropy_forward_kernel<T, plain(), true, threads()>
+          <<<blocks, threads(), 0, stream>>>(arguments);
+    });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -94,10 +116,11 @@ void forward_cuda(const CrossEntropyRows& args) {
 void backward_cuda(const CrossEntropyRows& args) {
   if (args.logits.numel() == 0) return;
   const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
-  dispatch_rows(args, [&](auto element, auto plain, auto threads) {
+  const auto stream = at::cuda::getCurrentCUDAStream();
+  dispatch_rows(args, [&](auto element, auto plain) {
     using T = decltype(element);
-    cuda::cross_entropy_backward_kernel<T, plain(), threads()>
-        <<<blocks, threads(), 0, at::cuda::getCurrentCUDAStream()>>>(kernel_arguments<T>(args));
+    cuda::cross_entropy_backward_kernel<T, plain(), kThreads>
+        <<<blocks, kThreads, 0, stream>>>(kernel_arguments<T>(args));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -116,7 +139,6 @@ void reduce_cuda(const CrossEntropyReduce& args) {
       cuda::cross_entropy_reduce_kernel<A><<<1, cuda::kTotalsThreads, 0, stream>>>(
           ce, lse, args.totals.const_data_ptr<A>(), tokens, scale, loss, z_loss);
     } else if (tokens > 0) {
-      constexpr int kThreads = 256;
       const auto blocks = cuda::grid_size("cross_entropy", tokens, kThreads);
       cuda::cross_entropy_unreduced_kernel<A>
           <<<blocks, kThreads, 0, stream>>>(ce, lse, tokens, scale, loss, z_loss);
@@ -130,10 +152,9 @@ void reduce_cuda(const CrossEntropyReduce& args) {
 const CrossEntropyDevice kCrossEntropyCuda = {
     .totals = totals_cuda, .forward = forward_cuda, .backward = backward_cuda, .reduce = reduce_cuda};
 
-TensorTriple cross_entropy_cuda(
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::string_view reduction) {
+TensorTriple cross_entropy_cuda(const at::Tensor& logits, const at::Tensor& target,
+    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
   constexpr auto op = "cross_entropy";
   const auto options = check_cross_entropy(
       op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
@@ -143,10 +164,9 @@ TensorTriple cross_entropy_cuda(
   return {loss, z_loss, lse};
 }
 
-CrossEntropyForward cross_entropy_forward_cuda(
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::string_view reduction) {
+CrossEntropyForward cross_entropy_forward_cuda(const at::Tensor& logits, const at::Tensor& target,
+    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
   constexpr auto op = "cross_entropy";
   const auto options = check_cross_entropy(
       op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
@@ -155,14 +175,12 @@ CrossEntropyForward cross_entropy_forward_cuda(
       kCrossEntropyCuda, op, logits, target, weight, options, /*need_lse_low=*/true);
 }
 
-at::Tensor cross_entropy_backward_cuda(
-    const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, const at::Tensor& lse, const at::Tensor& lse_low,
-    const at::Tensor& totals, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    std::optional<double> softcap, std::string_view reduction) {
-  const auto options = check_cross_entropy_backward(
-      dloss, logits, target, weight, lse, lse_low, totals, ignore_index, label_smoothing, lse_square_scale,
-      softcap, reduction);
+at::Tensor cross_entropy_backward_cuda(const at::Tensor& dloss, const at::Tensor& logits,
+    const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
+    const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+  const auto options = check_cross_entropy_backward(dloss, logits, target, weight, lse, lse_low, totals,
+      ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
   const c10::cuda::CUDAGuard device_guard(logits.device());
   return cross_entropy_backward_rows(
       kCrossEntropyCuda, dloss, logits, target, weight, lse, lse_low, totals, options);

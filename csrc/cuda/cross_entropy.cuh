@@ -3,9 +3,9 @@
 // Cross entropy of rows of logits (formulas: ops/cross_entropy.h).
 //
 // A block owns a row. Forward: each thread keeps a running maximum and the sum of exp(y - maximum) over its
-// vectors; CUB combines the threads in a fixed order; the row's results are finished in float64 by one thread.
-// Where a gradient is wanted, the block reads its row again (from L2: the rows in flight fit there) and
-// writes it. Backward: the same second half, from the saved log-sum-exp.
+// vectors; CUB combines the threads in a fixed order; the row's results are finished in float64 by one
+// thread. Where a gradient is wanted, the block reads its row again (from L2: the rows in flight fit there)
+// and writes it. Backward: the same second half, from the saved log-sum-exp.
 //
 // Bytes: loss alone reads the logits once. Loss and gradient read them once from memory, once from L2, and
 // write the gradient once. Backward reads and writes once. Rows start at any element: up to one vector of
@@ -23,6 +23,23 @@
 #include <cassert>
 
 namespace liger::cuda {
+
+// The operator on whose behalf a kernel checks targets: the text of the assertion is all that reaches users.
+enum class TargetsOf { kCrossEntropy, kCrossEntropyBackward, kFusedLinearCrossEntropy };
+
+__device__ __forceinline__ void assert_target(bool fits, TargetsOf op) {
+  switch (op) {
+    case TargetsOf::kCrossEntropy:
+      assert(fits && "liger::cross_entropy: target must be in [0, classes) or ignore_index");
+      break;
+    case TargetsOf::kCrossEntropyBackward:
+      assert(fits && "liger::cross_entropy_backward: target must be in [0, classes) or ignore_index");
+      break;
+    case TargetsOf::kFusedLinearCrossEntropy:
+      assert(fits && "liger::fused_linear_cross_entropy: target must be in [0, classes) or ignore_index");
+      break;
+  }
+}
 
 // totals: the divisor of ce, the divisor of z, the sum of the class weights (ops/cross_entropy_rows.h).
 template <typename T>
@@ -42,7 +59,7 @@ struct CrossEntropyArguments {
   int64_t ignore_index;
   A label_smoothing, lse_square_scale;
   A softcap;    // 0: none
-  bool divide;  // whether the gradient is divided by the divisors
+  bool divide;  // see ops/cross_entropy_rows.h
 };
 
 // The fast exponential errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients.
@@ -63,6 +80,10 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); 
 __device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 __device__ __forceinline__ float exponential_minus_1(float x) { return expm1f(x); }
 __device__ __forceinline__ double exponential_minus_1(double x) { return expm1(x); }
+__device__ __forceinline__ float split(float x, int* exponent) { return frexpf(x, exponent); }
+__device__ __forceinline__ double split(double x, int* exponent) { return frexp(x, exponent); }
+__device__ __forceinline__ float times_power_of_two(float x, int exponent) { return ldexpf(x, exponent); }
+__device__ __forceinline__ double times_power_of_two(double x, int exponent) { return ldexp(x, exponent); }
 
 // The lowest finite number, so that differences of maxima stay numbers while nothing but -inf was seen.
 template <typename A>
@@ -117,17 +138,16 @@ struct RowGradient {
 };
 
 template <typename T>
-__device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(
-    const CrossEntropyArguments<T>& args, int64_t row, int64_t target, Accumulate<T> y_target,
-    Accumulate<T> lse, Accumulate<T> lse_low) {
+__device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEntropyArguments<T>& args,
+    int64_t row, int64_t target, Accumulate<T> y_target, Accumulate<T> lse, Accumulate<T> lse_low) {
   using A = Accumulate<T>;
   const A upstream = args.dloss == nullptr ? A(1) : args.dloss[row * args.dloss_stride];
   const A ce_total = args.totals[0], z_total = args.totals[1], weight_sum = args.totals[2];
-  const A ce_divisor = args.divide ? ce_total : A(1);
+  int exponent = 0;
+  const A ce_divisor = args.divide ? ce_total : split(ce_total, &exponent);
+  const A z_divisor = times_power_of_two(z_total, -exponent);
   const A ce_scale = ce_divisor == 0 ? A(0) : upstream / ce_divisor;
-  // No z part, no factor: 0 / 0 must not get in.
-  const bool has_z = args.lse_square_scale != 0 && ce_total != 0 && z_total != 0;
-  const A z_scale = has_z ? upstream / (args.divide ? z_total : z_total / ce_total) : A(0);
+  const A z_scale = z_divisor == 0 ? A(0) : upstream / z_divisor;
   const A target_weight = args.weight == nullptr ? A(1) : args.weight[target];
   const A smoothing = args.label_smoothing / args.cols;
   const A ce_factor = (1 - args.label_smoothing) * target_weight + smoothing * weight_sum;
@@ -170,9 +190,8 @@ __device__ __forceinline__ T element_gradient(
 
 // The block writes the gradient of its row; dx may be x.
 template <typename T, bool PLAIN, int THREADS>
-__device__ __forceinline__ void write_gradient(
-    const CrossEntropyArguments<T>& args, const T* x, T* dx, int64_t target,
-    const RowGradient<Accumulate<T>>& row) {
+__device__ __forceinline__ void write_gradient(const CrossEntropyArguments<T>& args, const T* x, T* dx,
+    int64_t target, const RowGradient<Accumulate<T>>& row) {
   constexpr int kVec = kVecSize<T>;
   const int lane = threadIdx.x;
   const bool same_alignment =
@@ -180,15 +199,28 @@ __device__ __forceinline__ void write_gradient(
   if (same_alignment) {
     const RowSpans<T> spans(x, args.cols);
     if (lane < spans.head) dx[lane] = element_gradient<T, PLAIN>(args, row, widen(x[lane]), lane);
-    for (int v = lane; v < spans.vectors; v += THREADS) {
-      const int col = spans.head + v * kVec;
-      const auto in = Vec<T, kVec>::load(x + col);
-      Vec<T, kVec> out;
+    // Both loads before the first store: the compiler must assume that dx is x.
+    constexpr int kUnroll = 2;
+    for (int v = lane; v < spans.vectors; v += kUnroll * THREADS) {
+      Vec<T, kVec> held[kUnroll];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        out.data[i] = element_gradient<T, PLAIN>(args, row, widen(in.data[i]), col + i);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int vector = v + u * THREADS;
+        if (vector < spans.vectors) held[u] = Vec<T, kVec>::load(x + spans.head + vector * kVec);
       }
-      out.store(dx + col);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int vector = v + u * THREADS;
+        if (vector < spans.vectors) {
+          const int col = spans.head + vector * kVec;
+          Vec<T, kVec> out;
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            out.data[i] = element_gradient<T, PLAIN>(args, row, widen(held[u].data[i]), col + i);
+          }
+          out.store(dx + col);
+        }
+      }
     }
     const int last = spans.tail + lane;
     if (last < args.cols) dx[last] = element_gradient<T, PLAIN>(args, row, widen(x[last]), last);
@@ -215,15 +247,16 @@ __device__ __forceinline__ void write_zeros(T* dx, int cols) {
   if (spans.tail + lane < cols) dx[spans.tail + lane] = zeros.data[0];
 }
 
-// The running maximum and sum of a thread, and with label smoothing the sum of w * y.
+// The running maximum and sum of a thread, and with label smoothing the sum of w * (y - y_t): a sum of w * y
+// would lose the digits of large logits that differ little.
 template <typename T, bool PLAIN>
 struct RunningStatistics {
   using A = Accumulate<T>;
   A max = lowest<A>(), sum = 0, weighted = 0;
+  A y_target = 0;  // with label smoothing
 
   template <int N>
-  __device__ __forceinline__ void add(
-      const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
+  __device__ __forceinline__ void add(const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
     A y[N];
     A most = max;
 #pragma unroll
@@ -239,15 +272,18 @@ struct RunningStatistics {
       if (args.label_smoothing != 0) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          weighted += (args.weight == nullptr ? A(1) : args.weight[col + i]) * y[i];
+          weighted += (args.weight == nullptr ? A(1) : args.weight[col + i]) * (y[i] - y_target);
         }
       }
     }
   }
 };
 
-template <typename T, bool PLAIN, int THREADS>
-__global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEntropyArguments<T> args) {
+// GRADIENT: also writes the gradient, into dlogits. The registers of a multiprocessor hold 1024 / THREADS
+// blocks: with a row a block, that is the number of rows in flight.
+template <typename T, bool PLAIN, bool GRADIENT, int THREADS>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
+    cross_entropy_forward_kernel(CrossEntropyArguments<T> args) {
   using A = Accumulate<T>;
   using Pair = MaxAndSum<A>;
   using ReducePair = cub::BlockReduce<Pair, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
@@ -263,7 +299,7 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEnt
   // Last rows first: a matrix product that has just written the logits left those in L2.
   const int64_t row = args.rows - 1 - blockIdx.x;
   const T* x = args.logits + row * args.logits_stride;
-  T* dx = args.dlogits == nullptr ? nullptr : args.dlogits + row * args.dlogits_stride;
+  T* dx = GRADIENT ? args.dlogits + row * args.dlogits_stride : nullptr;
   const int64_t target = args.target[row];
   const int lane = threadIdx.x;
   // cross_entropy_totals_kernel reported targets out of range; here they must do no harm.
@@ -273,30 +309,32 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEnt
       if (args.lse_low != nullptr) args.lse_low[row] = 0;
       args.lse[row] = 0;
     }
-    if (dx != nullptr) write_zeros<T, THREADS>(dx, args.cols);
+    if constexpr (GRADIENT) write_zeros<T, THREADS>(dx, args.cols);
     return;
   }
 
   RunningStatistics<T, PLAIN> running;
+  if constexpr (!PLAIN) {
+    if (args.label_smoothing != 0) running.y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
+  }
   const RowSpans<T> spans(x, args.cols);
   if (lane < spans.head) {
     const T value[1] = {x[lane]};
     running.add(args, value, lane);
   }
   const T* body = x + spans.head;
-  int v = lane;
-  for (; v + (kUnroll - 1) * THREADS < spans.vectors; v += kUnroll * THREADS) {
+  for (int v = lane; v < spans.vectors; v += kUnroll * THREADS) {
     Vec<T, kVec> held[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) held[u] = Vec<T, kVec>::load(body + (v + u * THREADS) * kVec);
+    for (int u = 0; u < kUnroll; ++u) {
+      if (v + u * THREADS < spans.vectors) held[u] = Vec<T, kVec>::load(body + (v + u * THREADS) * kVec);
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      running.add(args, held[u].data, spans.head + (v + u * THREADS) * kVec);
+      if (v + u * THREADS < spans.vectors) {
+        running.add(args, held[u].data, spans.head + (v + u * THREADS) * kVec);
+      }
     }
-  }
-  for (; v < spans.vectors; v += THREADS) {
-    const auto held = Vec<T, kVec>::load(body + v * kVec);
-    running.add(args, held.data, spans.head + v * kVec);
   }
   if (spans.tail + lane < args.cols) {
     const T value[1] = {x[spans.tail + lane]};
@@ -322,11 +360,12 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEnt
     if (args.ce != nullptr) {
       const double smoothing = args.label_smoothing;
       const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
-      double loss = (1 - smoothing) * target_weight * ((max - static_cast<double>(y_target)) + log_sum);
+      const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
+      double loss = (1 - smoothing) * target_weight * neg_log_p;
       if constexpr (!PLAIN) {
         if (smoothing != 0) {
           const double weight_sum = args.totals[2];
-          loss += smoothing / args.cols * (weight_sum * (max + log_sum) - weighted);
+          loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
         }
       }
       args.ce[row] = static_cast<A>(loss);
@@ -335,11 +374,12 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_forward_kernel(CrossEnt
     shared_lse_low = lse_low;
     shared_y_target = y_target;
   }
-  if (dx == nullptr) return;
-  // Publishes the shared values; and no thread may overwrite the row before thread 0 has read its target.
-  __syncthreads();
-  const auto gradient = row_gradient(args, row, target, shared_y_target, shared_lse, shared_lse_low);
-  write_gradient<T, PLAIN, THREADS>(args, x, dx, target, gradient);
+  if constexpr (GRADIENT) {
+    // Publishes the shared values; and no thread may overwrite the row before thread 0 has read its target.
+    __syncthreads();
+    const auto gradient = row_gradient(args, row, target, shared_y_target, shared_lse, shared_lse_low);
+    write_gradient<T, PLAIN, THREADS>(args, x, dx, target, gradient);
+  }
 }
 
 template <typename T, bool PLAIN, int THREADS>
@@ -348,7 +388,10 @@ __global__ void __launch_bounds__(THREADS) cross_entropy_backward_kernel(CrossEn
   const T* x = args.logits + row * args.logits_stride;
   T* dx = args.dlogits + row * args.dlogits_stride;
   const int64_t target = args.target[row];
-  if (target == args.ignore_index || target < 0 || target >= args.cols) {
+  const bool ignored = target == args.ignore_index;
+  const bool in_range = target >= 0 && target < args.cols;
+  if (threadIdx.x == 0) assert_target(ignored || in_range, TargetsOf::kCrossEntropyBackward);
+  if (ignored || !in_range) {
     write_zeros<T, THREADS>(dx, args.cols);
     return;
   }
@@ -362,23 +405,26 @@ constexpr int kTotalsThreads = 1024;
 
 // One block: totals over all targets and class weights, and the check of every target.
 template <typename A>
-__global__ void __launch_bounds__(kTotalsThreads) cross_entropy_totals_kernel(
-    const int64_t* target, int64_t tokens, const A* weight, int64_t classes, const A* num_items,
-    int64_t ignore_index, bool mean, A* totals) {
+__global__ void __launch_bounds__(kTotalsThreads)
+    cross_entropy_totals_kernel(const int64_t* target, int64_t tokens, const A* weight, int64_t classes,
+        const A* num_items, int64_t ignore_index, bool mean, TargetsOf op, A* totals) {
   using Reduce = cub::BlockReduce<double, kTotalsThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   __shared__ typename Reduce::TempStorage storage;
   double count = 0, target_weight = 0, weight_sum = 0;
+  bool all_fit = true;
   for (int64_t i = threadIdx.x; i < tokens; i += kTotalsThreads) {
     const int64_t t = target[i];
     if (t == ignore_index) continue;
     const bool in_range = t >= 0 && t < classes;
-    assert(in_range && "liger::cross_entropy: target must be in [0, classes) or ignore_index");
+    all_fit &= in_range;
     if (!in_range) continue;
     count += 1;
     target_weight += weight == nullptr ? 1.0 : static_cast<double>(weight[t]);
   }
+  assert_target(all_fit, op);
   if (weight != nullptr) {
-    for (int64_t i = threadIdx.x; i < classes; i += kTotalsThreads) weight_sum += static_cast<double>(weight[i]);
+    for (int64_t i = threadIdx.x; i < classes; i += kTotalsThreads)
+      weight_sum += static_cast<double>(weight[i]);
   }
   count = Reduce(storage).Sum(count);
   __syncthreads();

@@ -110,9 +110,10 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
 
   const auto compute = compute_dtype.value_or(input.scalar_type());
   const auto wide = accumulate_type(compute);
-  TORCH_CHECK_TYPE(!accum_dtype || *accum_dtype == wide || *accum_dtype == weight.scalar_type(),
-      "liger::", op, ": accum_dtype must be ", dtype_name(wide), " or the weight's dtype ",
-      dtype_name(weight.scalar_type()), ", got ", dtype_name(*accum_dtype));
+  TORCH_CHECK_TYPE(!accum_dtype || *accum_dtype == at::kFloat || *accum_dtype == wide ||
+          *accum_dtype == weight.scalar_type(),
+      "liger::", op, ": accum_dtype must be float32 or the weight's dtype ", dtype_name(weight.scalar_type()),
+      ", got ", dtype_name(*accum_dtype));
   const auto accumulate = accum_dtype.value_or(weight.scalar_type());
   TORCH_CHECK_VALUE(!workspace_bytes || *workspace_bytes > 0, "liger::", op,
       ": workspace_bytes must be positive, got ", workspace_bytes.value_or(0));
@@ -132,7 +133,8 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
   return {.loss = check_cross_entropy_options(
               op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction),
       .compute_dtype = compute,
-      // The products come in compute_dtype or wide; one 16-bit dtype is not summed up in the other.
+      // The products come in compute_dtype or wider: no sum of float64 in float32, or of one 16-bit dtype in
+      // the other.
       .accum_dtype = accumulate == compute ? compute : wide,
       .workspace_bytes = workspace_bytes};
 }

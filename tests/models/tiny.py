@@ -1,5 +1,4 @@
-"""Tiny random models of every supported family, a batch for them, and the comparisons that the tests share.
-"""
+"""Tiny models of every family, and what the tests do with them."""
 
 from __future__ import annotations
 
