@@ -94,7 +94,8 @@ def headers() -> list[str]:
 
 
 def make_extension(with_cuda: bool):
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare", "-Wno-unknown-pragmas", "-fopenmp"]
+    warnings = ["-Wall", "-Wno-sign-compare", "-Wno-unknown-pragmas"]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", *warnings]
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "liger_ops._C",
         sources=sources(with_cuda),

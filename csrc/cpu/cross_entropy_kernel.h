@@ -189,14 +189,13 @@ inline RowContext<A> row_context(const CrossEntropy& args, int64_t row, int64_t 
   const auto* totals = static_cast<const A*>(args.totals);
   const A upstream =
       args.dloss == nullptr ? A(1) : static_cast<const A*>(args.dloss)[row * args.dloss_stride];
-  const A ce_divisor = args.divide ? totals[0] : A(1);
-  const A z_divisor = args.divide ? totals[1] : totals[1] / totals[0];
+  int exponent = 0;
+  const A ce_divisor = args.divide ? totals[0] : std::frexp(totals[0], &exponent);
+  const A z_divisor = std::ldexp(totals[1], -exponent);
   RowContext<A> context{};
   context.target_weight = args.weight == nullptr ? A(1) : static_cast<const A*>(args.weight)[target];
   context.ce_scale = ce_divisor == 0 ? A(0) : upstream / ce_divisor;
-  // No z part, no factor: 0 / 0 must not get in.
-  context.z_scale =
-      args.lse_square_scale == 0 || totals[0] == 0 || totals[1] == 0 ? A(0) : upstream / z_divisor;
+  context.z_scale = z_divisor == 0 ? A(0) : upstream / z_divisor;
   return context;
 }
 
@@ -265,6 +264,20 @@ inline void cross_entropy_backward(const CrossEntropy& args) {
         context.lse_low = static_cast<const A*>(args.lse_low)[row];
         row_gradient<T, decltype(softcap)::value, decltype(smoothing)::value>(args, x, dx, target, context);
       }
+    });
+  });
+}
+
+inline void scale(const Scale& args) {
+  dispatch_floating(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    using P = Pack<T>;
+    const auto factor = P::fill(static_cast<Accumulate<T>>(args.factor));
+    at::parallel_for(0, args.size, kGrain, [&](int64_t begin, int64_t end) {
+      const T* in = static_cast<const T*>(args.in) + begin;
+      T* out = static_cast<T*>(args.out) + begin;
+      for_each_pack<T>(end - begin,
+          [&](int64_t i, auto count) { (P::load(in + i, count) * factor).store(out + i, count); });
     });
   });
 }

@@ -1,9 +1,10 @@
 #include "ops/fused_linear_cross_entropy.h"
 
-#include <ATen/ops/mul.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
+#include "cpu/kernels.h"
 #include "ops/fused_linear_cross_entropy_chunks.h"
 
 namespace liger {
@@ -15,9 +16,21 @@ double read(const at::Tensor& scale) {
                                             : *scale.const_data_ptr<float>();
 }
 
+// grad and out are contiguous; out may be grad.
+void scale_into(const at::Tensor& grad, double factor, const at::Tensor& out) {
+  cpu::kernels().scale({.dtype = grad.scalar_type(),
+      .in = grad.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .size = grad.numel(),
+      .factor = factor});
+}
+
 void scale_cpu(at::Tensor& grad, const at::Tensor& scale) {
   const double factor = read(scale);
-  if (factor != 1) grad.mul_(factor);
+  if (factor == 1) return;
+  const auto dense = grad.contiguous();
+  scale_into(dense, factor, dense);
+  if (!dense.is_same(grad)) grad.copy_(dense);
 }
 
 // Enough rows that reading and writing the weight's gradient once a chunk costs little beside the products.
@@ -85,7 +98,9 @@ TensorTriple fused_linear_cross_entropy_backward_cpu(const at::Tensor& dloss, co
 
 at::Tensor fused_linear_cross_entropy_scale_cpu(const at::Tensor& grad, const at::Tensor& scale) {
   check_fused_linear_cross_entropy_scale(grad, scale);
-  return at::mul(grad, read(scale)).contiguous();
+  auto out = at::empty(grad.sizes(), grad.options());
+  scale_into(grad.contiguous(), read(scale), out);
+  return out;
 }
 
 void fused_linear_cross_entropy_scale_inplace_cpu(at::Tensor& grad, const at::Tensor& scale) {

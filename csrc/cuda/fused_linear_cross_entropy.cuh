@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kScaleThreads)
   const Accumulate<T> factor = *scale;
   if (out == grad && factor == 1) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kScaleThreads * VEC;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * VEC; i < size; i += step) {
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * VEC; i < size;
+      i += step) {
     const auto in = Vec<T, VEC>::load(grad + i);
     Vec<T, VEC> result;
 #pragma unroll

@@ -40,8 +40,9 @@ struct CrossEntropyRows {
   at::Tensor ce, lse,
       lse_low;  // [rows] in the accumulate type; ce and lse_low may be undefined
   CrossEntropyOptions options;
-  // Whether the gradient is divided by totals[0]. The fused operator divides
-  // later in float16, where p / N would underflow.
+  // Whether the gradient is divided as the loss is. If not, a power of two is left out of the divisors, the
+  // one of frexp(totals[0]): the fused operator leaves it out in float16, where p / N would underflow, and
+  // puts it back without another rounding.
   bool divide;
 };
 

@@ -258,9 +258,14 @@ struct Wanted {
 // grad * scale: in grad's own memory when nobody will ask for this saved tensor again. That is so when the
 // graph is released after this backward; a tracer must not see the mutation.
 at::Tensor scaled(at::Tensor& saved, const at::Tensor& scale) {
-  const bool last_use = !at::GradMode::is_enabled() &&
-      !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved) &&
-      !at::isTensorSubclassLike(scale);
+  if (at::GradMode::is_enabled()) {
+    // create_graph=True. The saved gradient depends on input and weight, which no graph knows of. With a
+    // factor that wants a gradient, the result gets a node that says so when it is differentiated.
+    const auto factor = scale.requires_grad() ? scale : scale.detach().requires_grad_();
+    return fused_linear_cross_entropy_scale(saved, factor);
+  }
+  const bool last_use = !torch::autograd::get_current_graph_task_keep_graph() &&
+      !at::isTensorSubclassLike(saved) && !at::isTensorSubclassLike(scale);
   if (!last_use) return fused_linear_cross_entropy_scale(saved, scale);
   fused_linear_cross_entropy_scale_(saved, scale);
   return saved;

@@ -24,8 +24,8 @@ namespace liger {
 
 // loss, z_loss, lse, dinput, dweight, dbias, grad_scale. In float16 the gradients are still to be multiplied
 // by grad_scale, [2], its first element for dinput and its second for dweight and dbias: divided by the
-// number of tokens they would underflow before a loss scale could save them. Otherwise grad_scale is of size
-// 0.
+// number of tokens they would underflow before a loss scale could save them. Its elements are powers of two,
+// so that the product with a loss scale is exact. Otherwise grad_scale is of size 0.
 using FusedLinearCrossEntropyForward =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

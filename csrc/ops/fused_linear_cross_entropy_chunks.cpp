@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/frexp.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
@@ -25,6 +26,11 @@ int64_t chunk_rows(int64_t tokens, int64_t row_bytes, int64_t workspace) {
   const int64_t most = std::clamp<int64_t>(workspace / std::max<int64_t>(row_bytes, 1), 1, tokens);
   const int64_t even = ceil_div(tokens, ceil_div(tokens, most));
   return std::min(most, ceil_div(even, kTile) * kTile);
+}
+
+// 2^e of x = m * 2^e with m in [1/2, 1); 0 for 0. On the device.
+at::Tensor power_of_two(const at::Tensor& x) {
+  return at::where(x.eq(0), x, x.div(std::get<0>(at::frexp(x))));
 }
 
 // 1 / x, and 0 for 0.
@@ -64,11 +70,17 @@ class Chunks {
   bool gradients() const { return args_.need_dinput || args_.need_dweight || args_.need_dbias; }
   bool float16() const { return args_.options.compute_dtype == at::kHalf; }
 
-  // Fills ce and lse, and computes the gradients that are asked for. In float16 they are short of a division
-  // by totals[0] (`divide` is false then), and the sums over tokens are taken as means, so that they stay in
-  // range.
+  // In float16, the power of two that is not below the number of tokens.
+  double sum_scale() const {
+    double scale = 1;
+    while (float16() && scale < static_cast<double>(tokens_)) scale *= 2;
+    return scale;
+  }
+
+  // Fills ce and lse, and computes the gradients that are asked for, of the reduced loss or for the dloss of
+  // each token. In float16 powers of two are left out: that of the divisor (CrossEntropyRows::divide), which
+  // dloss goes without, and sum_scale() from the sums over tokens, which would leave the range.
   Gradients run(const at::Tensor& dloss) {
-    const double mean = float16() && tokens_ > 0 ? 1.0 / static_cast<double>(tokens_) : 1.0;
     const auto compute = input_.options();
     Gradients out;
     out.dinput =
@@ -102,7 +114,7 @@ class Chunks {
             .ce = ce.narrow(0, start, count),
             .lse = lse.narrow(0, start, count),
             .options = args_.options.loss,
-            .divide = !float16()});
+            .divide = !float16() || dloss.defined()});
 
         // The buffer holds the gradient of the logits now.
         const double beta = start == 0 ? 0 : 1;
@@ -110,14 +122,14 @@ class Chunks {
           auto rows_out = out.dinput.narrow(0, start, count);
           product(rows_out, logits, weight_, 0, 1);
         }
-        if (args_.need_dweight) product(dweight, logits.t(), input, beta, mean);
+        if (args_.need_dweight) product(dweight, logits.t(), input, beta, 1 / sum_scale());
         if (args_.need_dbias) {
           const auto sums = at::sum(logits, 0, /*keepdim=*/false, dbias.scalar_type());
           start == 0 ? dbias.copy_(sums) : dbias.add_(sums);
         }
       }
     }
-    if (dbias.defined() && mean != 1) dbias.mul_(mean);
+    if (dbias.defined() && sum_scale() != 1) dbias.mul_(1 / sum_scale());
     out.dweight =
         dweight.defined() ? dweight.to(args_.weight.scalar_type()) : at::empty({0}, args_.weight.options());
     out.dbias = dbias.defined() ? dbias.to(args_.bias->scalar_type())
@@ -180,8 +192,8 @@ FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_chunks(
       .options = args.options.loss});
   auto grad_scale = at::empty({0}, loss.options());
   if (chunks.float16() && chunks.gradients()) {
-    const auto scale = reciprocal_or_zero(chunks.totals.select(0, 0));
-    grad_scale = at::stack({scale, scale.mul(static_cast<double>(args.input.size(0)))});
+    const auto scale = reciprocal_or_zero(power_of_two(chunks.totals.select(0, 0)));
+    grad_scale = at::stack({scale, scale.mul(chunks.sum_scale())});
   }
   return {loss, z_loss, chunks.lse, gradients.dinput, gradients.dweight, gradients.dbias, grad_scale};
 }
@@ -194,13 +206,13 @@ TensorTriple fused_linear_cross_entropy_backward_chunks(const FusedLinearCrossEn
     const auto gradients = chunks.run(dloss.contiguous());
     return {gradients.dinput, gradients.dweight, gradients.dbias};
   }
-  // The largest upstream gradient is taken out of the float16 products and put back in one rounding.
-  const auto largest = at::amax(dloss.abs());
-  auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(largest)).contiguous());
-  const auto sum_scale = largest.mul(static_cast<double>(tokens));
-  if (args.need_dinput) device.scale(gradients.dinput, largest);
-  if (args.need_dweight) device.scale(gradients.dweight, sum_scale);
-  if (args.need_dbias) device.scale(gradients.dbias, sum_scale);
+  // The power of two of the largest upstream gradient is kept out of the float16 products.
+  const auto power = power_of_two(at::amax(dloss.abs()));
+  auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
+  const auto sum_power = power.mul(chunks.sum_scale());
+  if (args.need_dinput) device.scale(gradients.dinput, power);
+  if (args.need_dweight) device.scale(gradients.dweight, sum_power);
+  if (args.need_dbias) device.scale(gradients.dbias, sum_power);
   return {gradients.dinput, gradients.dweight, gradients.dbias};
 }
 

@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of the operators beside their peers; `python -m benchmarks.run --help`."""

@@ -1,0 +1,206 @@
+"""What each operator is benchmarked on: inputs, reference, and the least work any implementation must do.
+
+A case says nothing about implementations: those are in `providers.py`. The letters in the floors are
+M tokens, H hidden, I intermediate, V vocabulary, e bytes per element.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .shapes import Shape
+
+Tensors = list[torch.Tensor]
+
+RMS_NORM_EPS = 1e-5
+ROPE_THETA = 500_000.0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Memory traffic in bytes and matrix products in flops that no implementation can avoid.
+
+    On a CPU, results that stay in the last-level cache are not yet written to memory when the clock stops, so
+    small cases can beat their floor.
+    """
+
+    moved: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.moved + other.moved, self.flops + other.flops)
+
+    def milliseconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        return 1e3 * (self.moved / bytes_per_second + self.flops / flops_per_second)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size. `arguments` are the positional arguments that every provider gets."""
+
+    op: str
+    arguments: Tensors
+    differentiable: tuple[bool, ...]
+    output_gradients: Tensors
+    forward_floor: Floor
+    # None where the backward of a loss has no floor of its own: a provider may do all of it in forward.
+    backward_floor: Floor | None
+    full_floor: Floor
+    is_loss: bool
+
+    def floor(self, mode: str) -> Floor | None:
+        return {"fwd": self.forward_floor, "bwd": self.backward_floor, "full": self.full_floor}[mode]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the user chose; builders turn it into cases."""
+
+    shape: Shape
+    tokens: int
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    loss_gradient: float
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def normal(self, *size: int, generator: torch.Generator, scale: float = 1.0) -> torch.Tensor:
+        # Never zeros: matrix products on zeros run measurably faster than on real data.
+        values = torch.randn(*size, generator=generator, device=self.device, dtype=self.dtype)
+        return values.mul_(scale)
+
+
+def rms_norm(p: Problem) -> Case:
+    g = p.generator()
+    m, h, e = p.tokens, p.shape.hidden, p.dtype.itemsize
+    x = p.normal(m, h, generator=g)
+    weight = p.normal(h, generator=g, scale=0.1).add_(1)
+    forward = Floor(moved=2 * m * h * e + h * e)
+    backward = Floor(moved=3 * m * h * e + 4 * m + 2 * h * e)
+    return Case(
+        "rms_norm",
+        [x, weight],
+        (True, True),
+        [p.normal(m, h, generator=g)],
+        forward,
+        backward,
+        forward + backward + Floor(moved=4 * m),  # training also stores the fp32 statistics
+        is_loss=False,
+    )
+
+
+def rope(p: Problem) -> Case:
+    g = p.generator()
+    s, e = p.shape, p.dtype.itemsize
+    length = p.tokens // p.batch
+
+    def heads(count: int) -> torch.Tensor:
+        # The memory order of a model: the projection's output, seen with heads before positions.
+        return p.normal(p.batch, length, count, s.head_dim, generator=g).transpose(1, 2)
+
+    frequencies = ROPE_THETA ** (
+        -torch.arange(0, s.head_dim, 2, device=p.device, dtype=torch.float32) / s.head_dim
+    )
+    angles = torch.arange(length, device=p.device, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[None]
+    cos, sin = angles.cos().to(p.dtype), angles.sin().to(p.dtype)
+    once = Floor(moved=2 * p.tokens * (s.heads + s.kv_heads) * s.head_dim * e + 2 * length * s.head_dim * e)
+    return Case(
+        "rope",
+        [heads(s.heads), heads(s.kv_heads), cos, sin],
+        (True, True, False, False),
+        [heads(s.heads), heads(s.kv_heads)],
+        once,
+        once,
+        once + once,
+        is_loss=False,
+    )
+
+
+def swiglu(p: Problem) -> Case:
+    g = p.generator()
+    m, i, e = p.tokens, p.shape.intermediate, p.dtype.itemsize
+    gate, up, upstream = (p.normal(m, i, generator=g) for _ in range(3))
+    forward, backward = Floor(moved=3 * m * i * e), Floor(moved=5 * m * i * e)
+    return Case(
+        "swiglu", [gate, up], (True, True), [upstream], forward, backward, forward + backward, is_loss=False
+    )
+
+
+def targets(p: Problem, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(p.shape.vocab, (p.tokens,), generator=generator, device=p.device)
+
+
+def loss_gradient(p: Problem) -> Tensors:
+    return [torch.tensor(p.loss_gradient, device=p.device, dtype=torch.float32)]
+
+
+def cross_entropy(p: Problem) -> Case:
+    g = p.generator()
+    m, v, e = p.tokens, p.shape.vocab, p.dtype.itemsize
+    logits = p.normal(m, v, generator=g)
+    return Case(
+        "cross_entropy",
+        [logits, targets(p, g)],
+        (True, False),
+        loss_gradient(p),
+        Floor(moved=m * v * e),
+        None,
+        Floor(moved=2 * m * v * e),
+        is_loss=True,
+    )
+
+
+def fused_linear_cross_entropy(p: Problem) -> Case:
+    g = p.generator()
+    m, h, v, e = p.tokens, p.shape.hidden, p.shape.vocab, p.dtype.itemsize
+    x = p.normal(m, h, generator=g)
+    weight = p.normal(v, h, generator=g, scale=h**-0.5)  # logits of unit variance
+    # The logits are a product's output, so a loss over them costs at least one pass for the statistics and,
+    # with gradients, a second one: the traffic of cross_entropy on top of the products.
+    return Case(
+        "fused_linear_cross_entropy",
+        [x, weight, targets(p, g)],
+        (True, True, False),
+        loss_gradient(p),
+        Floor(moved=m * v * e, flops=2 * m * h * v),
+        None,
+        Floor(moved=2 * m * v * e, flops=6 * m * h * v),
+        is_loss=True,
+    )
+
+
+OPS: dict[str, Callable[[Problem], Case]] = {
+    builder.__name__: builder
+    for builder in (rms_norm, rope, swiglu, cross_entropy, fused_linear_cross_entropy)
+}
+
+
+def reference(case: Case) -> tuple[Tensors, Tensors]:
+    """Outputs and gradients of the tests' plain PyTorch, in fp64 (fp32 for 16-bit cases, which it dwarfs)."""
+    function = getattr(importlib.import_module(f"tests.reference.{case.op}"), case.op)
+    wide = torch.float64 if case.arguments[0].dtype.itemsize >= 4 else torch.float32
+
+    def widen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(wide) if tensor.is_floating_point() else tensor
+
+    arguments = [widen(a).requires_grad_(d) for a, d in zip(case.arguments, case.differentiable, strict=True)]
+    options = {"eps": RMS_NORM_EPS} if case.op == "rms_norm" else {}
+    outputs = as_list(function(*arguments, **options))
+    wanted = [a for a in arguments if a.requires_grad]
+    upstream = [
+        widen(gradient).to(o.dtype) for gradient, o in zip(case.output_gradients, outputs, strict=True)
+    ]
+    gradients = torch.autograd.grad(outputs, wanted, upstream)
+    return [o.detach() for o in outputs], list(gradients)
+
+
+def as_list(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> Tensors:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

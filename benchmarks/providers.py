@@ -1,0 +1,112 @@
+"""The implementations that are compared: tables from operator name to a function of a case's arguments.
+
+A table need not have every operator. Loading one may fail, for instance because a package is missing: it then
+raises `Unavailable` with the reason, and the benchmark goes on without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .ops import RMS_NORM_EPS
+
+Functions = dict[str, Callable]
+
+
+class Unavailable(RuntimeError):
+    """This provider cannot run here."""
+
+
+def torch_eager(device: torch.device) -> Functions:
+    """What an unpatched Hugging Face LLaMA runs: its own functions, called as the model calls them."""
+    try:
+        from transformers.loss.loss_utils import ForCausalLMLoss
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+    except ImportError as error:
+        raise Unavailable(f"needs transformers: {error}") from error
+
+    class Norm:
+        """What LlamaRMSNorm.forward reads; a module would not take a plain tensor as its weight."""
+
+        variance_epsilon = RMS_NORM_EPS
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            self.weight = weight
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return LlamaRMSNorm.forward(Norm(weight), x)
+
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.silu(gate) * up
+
+    def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return ForCausalLMLoss(logits, labels=None, shift_labels=target, vocab_size=logits.shape[-1])
+
+    def fused_linear_cross_entropy(
+        x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        return cross_entropy(F.linear(x, weight), target)
+
+    return {
+        "rms_norm": rms_norm,
+        "rope": apply_rotary_pos_emb,
+        "swiglu": swiglu,
+        "cross_entropy": cross_entropy,
+        "fused_linear_cross_entropy": fused_linear_cross_entropy,
+    }
+
+
+def torch_compiled(device: torch.device) -> Functions:
+    """The same functions through `torch.compile`, with static shapes and no graph break."""
+    return {op: torch.compile(f, fullgraph=True, dynamic=False) for op, f in torch_eager(device).items()}
+
+
+def liger_triton(device: torch.device) -> Functions:
+    """Liger-Kernel's Triton operators."""
+    if device.type != "cuda":
+        raise Unavailable("Liger's Triton operators run on CUDA only")
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError as error:
+        raise Unavailable(f"needs liger-kernel: {error}") from error
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return liger.liger_rms_norm(x, weight, RMS_NORM_EPS)
+
+    return {
+        "rms_norm": rms_norm,
+        "rope": liger.liger_rope,
+        "swiglu": liger.liger_swiglu,
+        "cross_entropy": liger.liger_cross_entropy,
+        "fused_linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
+    }
+
+
+def liger_ops(device: torch.device) -> Functions:
+    """This package."""
+    try:
+        from liger_ops import functional as ours
+    except ImportError as error:
+        raise Unavailable(f"liger_ops does not load: {error}") from error
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ours.rms_norm(x, weight, RMS_NORM_EPS)
+
+    return {
+        "rms_norm": rms_norm,
+        "rope": ours.rope,
+        "swiglu": ours.swiglu,
+        "cross_entropy": ours.cross_entropy,
+        "fused_linear_cross_entropy": ours.fused_linear_cross_entropy,
+    }
+
+
+PROVIDERS: dict[str, Callable[[torch.device], Functions]] = {
+    "torch": torch_eager,
+    "compile": torch_compiled,
+    "liger": liger_triton,
+    "ours": liger_ops,
+}

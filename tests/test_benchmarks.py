@@ -1,0 +1,144 @@
+"""The benchmark programs run, check every provider, and write what they measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.claims import judge
+from benchmarks.ops import OPS, Problem, reference
+from benchmarks.shapes import SHAPES
+
+pytest.importorskip("transformers", reason="the eager provider is transformers' own code")
+pytest.importorskip("rich", reason="benchmarks print through rich")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_benchmark(tmp_path, *options):
+    target = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.run",
+        "--device",
+        "cpu",
+        "--budget",
+        "1",
+        "--json",
+        str(target),
+    ]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(target.read_text()), done.stdout
+
+
+@pytest.fixture
+def problem():
+    return Problem(SHAPES["tiny"], 32, 2, torch.float32, torch.device("cpu"), loss_gradient=0.5, seed=0)
+
+
+def test_every_operator_and_mode(tmp_path):
+    options = (
+        "--shape",
+        "tiny",
+        "--tokens",
+        "32",
+        "--providers",
+        "torch,ours",
+        "--mode",
+        "fwd",
+        "bwd",
+        "full",
+    )
+    document, printed = run_benchmark(tmp_path, *options, "--no-memory")
+    measured = {(r["op"], r["mode"], r["provider"]) for r in document["results"]}
+    assert measured == {
+        (op, mode, p) for op in OPS for mode in ("fwd", "bwd", "full") for p in ("torch", "ours")
+    }
+    for row in document["results"]:
+        assert "failure" not in row
+        assert 0 < row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert max(row["errors"].values()) < measure.TOLERANCE[torch.float32]
+        assert row["overwrites"] == []
+        assert row["op"] in printed
+    assert document["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert document["rates"]["copy_bytes_per_s"] > 0
+
+
+def test_peak_memory_on_the_cpu(tmp_path):
+    options = (
+        "--shape",
+        "tiny",
+        "--tokens",
+        "32",
+        "--providers",
+        "ours",
+        "--ops",
+        "fused_linear_cross_entropy",
+    )
+    document, _ = run_benchmark(tmp_path, *options)
+    (row,) = document["results"]
+    if Path("/proc/self/clear_refs").exists():
+        assert row["memory"]["peak_extra_mib"] >= row["memory"]["beyond_results_mib"] >= 0
+    else:
+        assert row["memory"] is None
+
+
+def test_host_time(tmp_path):
+    document, _ = run_benchmark(tmp_path, "--host", "--providers", "ours", "--ops", "rms_norm")
+    assert [r["op"] for r in document["host"]] == ["F.layer_norm", "rms_norm"]
+    assert all(r["forward_us"] > 0 and r["full_us"] > 0 for r in document["host"])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_provider_is_caught(op, problem):
+    case = OPS[op](problem)
+
+    def wrong(*arguments):
+        outputs = sound(*arguments)
+        return outputs * 1.01 if isinstance(outputs, torch.Tensor) else tuple(o * 1.01 for o in outputs)
+
+    import liger_ops.functional
+
+    sound = getattr(liger_ops.functional, op)
+    if op == "rms_norm":
+        sound = lambda x, weight: liger_ops.functional.rms_norm(x, weight, 1e-5)  # noqa: E731
+    expected = reference(case)
+    good, bad = measure.Subject("good", sound), measure.Subject("bad", wrong)
+    measure.check(good, case, expected)
+    measure.check(bad, case, expected)
+    assert good.failure is None
+    assert "wrong result" in bad.failure
+
+
+def test_overwritten_inputs_are_reported_and_do_not_reach_others(problem):
+    case = OPS["swiglu"](problem)
+    before = [a.clone() for a in case.arguments]
+
+    def careless(gate, up):
+        out = torch.nn.functional.silu(gate) * up.clone()
+        up.data.neg_()
+        return out
+
+    subject = measure.Subject("careless", careless)
+    measure.check(subject, case, reference(case))
+    assert subject.overwrites == ["argument1"]
+    assert all(torch.equal(a, b) for a, b in zip(case.arguments, before, strict=True))
+
+
+def test_claims():
+    def row(op, provider, median):
+        return {"op": op, "mode": "full", "provider": provider, "ms": {"median": median}}
+
+    results = [row("rms_norm", "torch", 2.0), row("rms_norm", "ours", 1.0), row("rope", "torch", 1.0)]
+    (verdict,) = judge(
+        [*results, {"op": "rope", "mode": "full", "provider": "ours", "failure": "x"}], "cpu", 2048
+    )
+    assert verdict.holds and verdict.measured == "2.00x torch"
+    assert not judge([row("rms_norm", "torch", 1.0), row("rms_norm", "ours", 2.0)], "cpu", 2048)[0].holds
+    assert judge(results, "cpu", 64) == []

@@ -1,0 +1,103 @@
+"""The example runs from end to end, and the run with `use_liger=True` really executes the operators."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for package in ("transformers", "accelerate", "tokenizers", "matplotlib", "rich"):
+    pytest.importorskip(package)
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune.py"
+OPERATORS = {"rms_norm", "rope", "swiglu", "fused_linear_cross_entropy"}
+
+
+def finetune(output, *options):
+    command = [sys.executable, str(EXAMPLE), "--quick", "--device", "cpu", "--output", str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    done = finetune(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, json.loads((folder / "results.json").read_text())
+
+
+def test_both_runs_train_alike(quick_run):
+    _, _, results = quick_run
+    plain, liger = results["runs"]["plain"], results["runs"]["liger"]
+    assert len(plain["losses"]) == len(liger["losses"]) == results["settings"]["steps"]
+    assert plain["losses"][-1] < plain["losses"][0]
+    for a, b in zip(plain["losses"], liger["losses"], strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert results["comparison"]["largest_loss_difference"] < 1e-3
+
+
+def test_only_the_liger_run_executes_operators(quick_run):
+    _, _, results = quick_run
+    assert results["runs"]["plain"]["liger_operator_calls_per_step"] == {}
+    calls = results["runs"]["liger"]["liger_operator_calls_per_step"]
+    for op in OPERATORS:
+        # The fused loss may compute its gradients in forward, under a name of its own.
+        assert any(name.startswith(op) for name in calls), op
+    assert calls["rms_norm_backward"] == calls["rms_norm"]
+    layers = results["settings"]["config"]["num_hidden_layers"]
+    assert calls["rms_norm"] == 2 * layers + 1
+    assert calls["rope"] == calls["swiglu"] == layers
+
+
+def test_what_is_shown_and_written(quick_run):
+    folder, printed, results = quick_run
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for variant, run in results["runs"].items():
+        assert run["tokens_per_second"] > 0, variant
+        assert run["peak_memory_mib"] > 0, variant
+    assert results["environment"]["versions"]["torch"]
+    for words in ("tokens/s", "peak memory", "loss, last step", "largest loss difference"):
+        assert words in printed
+
+
+def test_a_local_model_and_text(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        from _text import END_OF_TEXT, train_tokenizer
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    (text / "b.bin").write_bytes(b"\xff\xfe not UTF-8 \xff")
+    model = tmp_path / "model"
+    tokenizer = train_tokenizer([(text / "a.txt").read_text()], 300, tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(model)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=300,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    done = finetune(tmp_path / "out", "--model", str(model), "--dataset", str(text), "--length", "16")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["model"] == str(model)
+    assert results["runs"]["liger"]["liger_operator_calls_per_step"]["rms_norm"] == 3
+
+
+def test_hub_names_without_datasets_say_what_to_do(tmp_path):
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        done = finetune(tmp_path, "--dataset", "no-such-owner/no-such-text")
+        assert done.returncode != 0
+        assert "pip install datasets" in done.stderr
+    else:
+        pytest.skip("datasets is installed here")
