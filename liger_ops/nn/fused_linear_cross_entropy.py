@@ -66,7 +66,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         target: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Weight (V, H), input (T, H), int64 targets (T,), bias (V,) to the loss, a scalar or (T,), in fp32."""
+        """Weight (V, H), input (T, H), int64 targets (T,), bias (V,) to the fp32 loss, 0-d or (T,)."""
         return LF.fused_linear_cross_entropy(
             _input,
             lin_weight,

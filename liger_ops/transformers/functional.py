@@ -25,7 +25,7 @@ def liger_rms_norm(
     casting_mode: str = "llama",
     in_place: bool = True,
 ) -> torch.Tensor:
-    """``X / rms(X) · (offset + W)`` over the last dimension, in X's dtype. Both ``in_place`` mean the same."""
+    """``X / rms(X) · (offset + W)`` over the last dimension, in X's dtype. ``in_place`` changes nothing."""
     return LF.rms_norm(X, W, eps, offset, casting_mode)
 
 

@@ -59,7 +59,7 @@ def gated_mlp(
 
 
 def rotary(original: Forward) -> Forward:
-    """Replacement for ``apply_rotary_pos_emb`` of q (B, Hq, S, D), k (B, Hk, S, D), cos and sin (1|B, S, R)."""
+    """Replacement for ``apply_rotary_pos_emb`` of q (B, Hq, S, D), k (B, Hk, S, D), cos, sin (1|B, S, R)."""
 
     def apply_rotary_pos_emb(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
