@@ -1,7 +1,6 @@
 #include "ops/rms_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 

@@ -67,4 +67,11 @@ inline unsigned int grid_size(const char* op, int64_t work, int64_t per_block) {
   return static_cast<unsigned int>(blocks);
 }
 
+// A size that kernels count in 32 bits.
+inline int size_int32(const char* op, const char* what, int64_t size) {
+  TORCH_CHECK_VALUE(size <= std::numeric_limits<int32_t>::max() / 2, "liger::", op, ": ", what,
+      " must be below 2**30 on CUDA, got ", size);
+  return static_cast<int>(size);
+}
+
 }  // namespace liger::cuda

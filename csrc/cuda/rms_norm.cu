@@ -72,8 +72,8 @@ TensorPair rms_norm_cuda(const at::Tensor& x, const std::optional<at::Tensor>& w
     const cuda::RmsNormArguments<T, W> args = {static_cast<const T*>(x_rows.data()),
         weight ? static_cast<const W*>(dense_weight.const_data_ptr()) : nullptr,
         static_cast<T*>(y.mutable_data_ptr()), static_cast<A*>(rstd.mutable_data_ptr()), x_rows.rows,
-        x_rows.stride, static_cast<int>(x_rows.cols), static_cast<A>(eps), static_cast<A>(offset),
-        round_normalized};
+        x_rows.stride, cuda::size_int32("rms_norm", "the last dimension of x", x_rows.cols),
+        static_cast<A>(eps), static_cast<A>(offset), round_normalized};
     const bool vectorizable = x_rows.cols % kVec == 0 &&
         cuda::aligned_pointers(args.x, args.y, args.weight) &&
         cuda::aligned_strides(sizeof(T), x_rows.stride);
@@ -113,7 +113,7 @@ TensorPair rms_norm_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
     using W = decltype(weight_element);
     using A = cuda::Accumulate<T>;
     constexpr int kVec = cuda::kVecSize<T>;
-    const int cols = static_cast<int>(x_rows.cols);
+    const int cols = cuda::size_int32("rms_norm_backward", "the last dimension of x", x_rows.cols);
     at::Tensor partial;
     cuda::RmsNormBackwardArguments<T, W> args = {static_cast<const T*>(dy_rows.data()),
         static_cast<const T*>(x_rows.data()),

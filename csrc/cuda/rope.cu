@@ -15,8 +15,8 @@ namespace {
 template <typename T>
 cuda::RopeTensor<T> describe(const at::Tensor& x, const at::Tensor& out) {
   return {static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
-      static_cast<int>(x.size(1)), x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1),
-      out.stride(2)};
+      cuda::size_int32("rope", "the number of heads", x.size(1)), x.stride(0), x.stride(1), x.stride(2),
+      out.stride(0), out.stride(1), out.stride(2)};
 }
 
 template <typename T>
@@ -38,7 +38,7 @@ TensorPair rotate(
   auto q_out = at::empty_like(q);
   auto k_out = at::empty_like(k);
   const int64_t tokens = q.size(0) * q.size(2);
-  const int64_t head_dim = q.size(3);
+  const int head_dim = cuda::size_int32("rope", "head_dim", q.size(3));
   const int64_t heads = q.size(1) + k.size(1);
   if (tokens == 0 || heads == 0 || head_dim == 0) return {q_out, k_out};
   // An output lacks a unit last stride only where its input does; it is then filled through a buffer that
@@ -67,8 +67,7 @@ TensorPair rotate(
       const dim3 threads(lanes, std::max(1, std::min<int>(cuda::kRopeThreads / lanes, heads)));
       const auto kernel =
           inverse ? cuda::rope_kernel<T, C, vec(), true> : cuda::rope_kernel<T, C, vec(), false>;
-      kernel<<<blocks, threads, 0, stream>>>(
-          q_args, k_args, angles, q.size(2), static_cast<int>(head_dim), rotary_dim);
+      kernel<<<blocks, threads, 0, stream>>>(q_args, k_args, angles, q.size(2), head_dim, rotary_dim);
     };
     constexpr int kVec = cuda::kVecSize<T>;
     const bool vectorizable =

@@ -1,9 +1,8 @@
 #pragma once
 
-// Cross entropy of logits x [tokens, classes] with targets t, in float32
-// (float64 for float64 logits). Per row, with y = softcap * tanh(x / softcap)
-// (y = x without), lse = log(sum_c exp(y_c)), class weights w (1 without) and
-// smoothing e:
+// Cross entropy of logits x [tokens, classes] with targets t, in float32 (float64 for float64 logits). Per
+// row, with y = softcap * tanh(x / softcap) (y = x without), lse = log(sum_c exp(y_c)), class weights w (1
+// without) and smoothing e:
 //
 //   ce = (1 - e) * w_t * (lse - y_t) + e / classes * sum_c w_c * (lse - y_c)
 //   z  = lse_square_scale * lse^2
@@ -12,16 +11,13 @@
 //
 //   "none"  loss = ce + z per row
 //   "sum"   loss = sum(ce) + sum(z)
-//   "mean"  loss = sum(ce) / sum(w_t) + sum(z) / count, over the rows that are
-//   not ignored; 0 when all are
+//   "mean"  loss = sum(ce) / sum(w_t) + sum(z) / count, over the rows that are not ignored; 0 when all are
 //
-// z_loss is the z part of loss. The gradient of a row, before the division and
-// the upstream gradient, is
+// z_loss is the z part of loss. The gradient of a row, before the division and the upstream gradient, is,
+// with p = exp(y - lse),
 //
-//   d y_c = p_c * ((1 - e) * w_t + e / classes * sum(w) + 2 * lse_square_scale
-//   * lse)
-//           - [c = t] * (1 - e) * w_t - e / classes * w_c,          p = exp(y -
-//           lse)
+//   d y_c = p_c * ((1 - e) * w_t + e / classes * sum(w) + 2 * lse_square_scale * lse)
+//           - [c = t] * (1 - e) * w_t - e / classes * w_c
 //   d x_c = d y_c * (1 - (y_c / softcap)^2)
 
 #include <ATen/core/Tensor.h>
@@ -33,9 +29,8 @@
 namespace liger {
 
 using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-// loss, z_loss, lse, lse_low, totals. lse + lse_low is the log-sum-exp to more
-// digits than lse can hold, without which the probabilities of large logits
-// would be off. totals: see cross_entropy_rows.h.
+// loss, z_loss, lse, lse_low, totals. lse + lse_low is the log-sum-exp to more digits than lse can hold,
+// without which the probabilities of large logits would be off. totals: see cross_entropy_rows.h.
 using CrossEntropyForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 enum class Reduction { kMean, kSum, kNone };

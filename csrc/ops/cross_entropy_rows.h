@@ -1,8 +1,7 @@
 #pragma once
 
-// Cross entropy over rows of logits, as the plain and the fused linear operator
-// share it: the pieces that a device provides, and the operators written on top
-// of them. Formulas: ops/cross_entropy.h.
+// Cross entropy over rows of logits, as the plain and the fused linear operator share it: the pieces that a
+// device provides, and the operators written on top of them. Formulas: ops/cross_entropy.h.
 
 #include <ATen/core/Tensor.h>
 
@@ -11,9 +10,9 @@
 namespace liger {
 
 // Sums over all targets that every row needs, in the accumulate type:
-//   0  divisor of ce: sum of the weights of the targets that count under
-//   "mean", 1 otherwise 1  divisor of z: number of those targets under "mean",
-//   1 otherwise 2  sum of all class weights
+//   0  divisor of ce: sum of the weights of the targets that count under "mean", 1 otherwise
+//   1  divisor of z: number of those targets under "mean", 1 otherwise
+//   2  sum of all class weights
 // A divisor of 0 stands for "no target counts": loss and gradient are 0.
 constexpr int64_t kTotals = 3;
 
@@ -21,8 +20,7 @@ struct CrossEntropyTotals {
   const char* op;
   at::Tensor target;     // [tokens] int64, contiguous
   at::Tensor weight;     // [classes] in the accumulate type, contiguous; undefined: all 1
-  at::Tensor num_items;  // 1 element in the accumulate type, in place of both
-                         // divisors; or undefined
+  at::Tensor num_items;  // 1 element in the accumulate type, in place of both divisors; or undefined
   at::Tensor totals;     // out: [kTotals]
   int64_t classes;
   CrossEntropyOptions options;
@@ -31,14 +29,13 @@ struct CrossEntropyTotals {
 struct CrossEntropyRows {
   const char* op;
   at::Tensor logits;   // [rows, classes], any row stride, unit column stride
-  at::Tensor dlogits;  // [rows, classes] likewise; may be logits; undefined: no
-                       // gradient
+  at::Tensor dlogits;  // [rows, classes] likewise; may be logits; undefined: no gradient
   at::Tensor target;   // [rows] int64, contiguous
   at::Tensor weight;   // [classes] in the accumulate type, contiguous; undefined: all 1
   at::Tensor totals;   // [kTotals]
   at::Tensor dloss;    // upstream gradient, 0-D or contiguous [rows]; undefined: 1
-  at::Tensor ce, lse,
-      lse_low;  // [rows] in the accumulate type; ce and lse_low may be undefined
+  // [rows] in the accumulate type; ce and lse_low may be undefined
+  at::Tensor ce, lse, lse_low;
   CrossEntropyOptions options;
   // Whether the gradient is divided as the loss is. If not, a power of two is left out of the divisors, the
   // one of frexp(totals[0]): the fused operator leaves it out in float16, where p / N would underflow, and

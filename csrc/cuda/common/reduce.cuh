@@ -3,7 +3,6 @@
 // Block-wide reductions in a fixed order (CUB), with the result in every thread.
 
 #include <cub/block/block_reduce.cuh>
-#include <cub/warp/warp_reduce.cuh>
 
 namespace liger::cuda {
 
