@@ -142,7 +142,8 @@ SUMMARY = {
 }
 
 setup(
-    version=local_version(WITH_CUDA),
+    # An sdist fits every torch; a build fits the one it was compiled against.
+    version=VERSION if "sdist" in sys.argv else local_version(WITH_CUDA),
     ext_modules=[make_extension(WITH_CUDA)],
     cmdclass={"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
