@@ -117,6 +117,12 @@ def make_extension(with_cuda: bool):
 class Build(BuildExtension):
     """Prints what is built, and records it for `liger_ops.build_info()` and the load-time check."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # Editable installs compile in a temporary folder, from nothing each time. In one folder of the
+        # checkout, ninja compiles what has changed.
+        self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}")
+
     def run(self):
         print(
             "\n".join(["", "liger-ops build", *(f"  {key:<14}{value}" for key, value in SUMMARY.items()), ""])
