@@ -30,8 +30,20 @@ TORCH_LIBRARY(liger, m) {
       kTags);
 
   // The rotated q and k, in the memory order of q and k.
-  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_out, Tensor k_out)", kTags);
-  m.def("rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)", kTags);
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False) -> "
+      "(Tensor q_out, Tensor k_out)",
+      kTags);
+  m.def("rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
+      kTags);
+  m.def(
+      "mrope(Tensor q, Tensor k, Tensor cos, Tensor sin, int[] mrope_section) -> "
+      "(Tensor q_out, Tensor k_out)",
+      kTags);
+  m.def(
+      "mrope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, int[] mrope_section) -> "
+      "(Tensor, Tensor)",
+      kTags);
 
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
@@ -93,6 +105,8 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_cpu);
   m.impl("rope", liger::rope_cpu);
   m.impl("rope_backward", liger::rope_backward_cpu);
+  m.impl("mrope", liger::mrope_cpu);
+  m.impl("mrope_backward", liger::mrope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
   m.impl("cross_entropy", liger::cross_entropy_cpu);
@@ -111,6 +125,8 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_cuda);
   m.impl("rope", liger::rope_cuda);
   m.impl("rope_backward", liger::rope_backward_cuda);
+  m.impl("mrope", liger::mrope_cuda);
+  m.impl("mrope_backward", liger::mrope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
   m.impl("cross_entropy", liger::cross_entropy_cuda);
@@ -129,6 +145,8 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_meta);
   m.impl("rope", liger::rope_meta);
   m.impl("rope_backward", liger::rope_backward_meta);
+  m.impl("mrope", liger::mrope_meta);
+  m.impl("mrope_backward", liger::mrope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
   m.impl("cross_entropy", liger::cross_entropy_meta);
@@ -146,6 +164,8 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("rope", liger::rope_autograd);
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mrope", liger::mrope_autograd);
+  m.impl("mrope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
@@ -167,6 +187,8 @@ void register_autocast(torch::Library& m) {
   m.impl("rms_norm_backward", liger::WithoutAutocast<liger::rms_norm_backward>::call);
   m.impl("rope", liger::WithoutAutocast<liger::rope>::call);
   m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
+  m.impl("mrope", liger::WithoutAutocast<liger::mrope>::call);
+  m.impl("mrope_backward", liger::WithoutAutocast<liger::mrope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);

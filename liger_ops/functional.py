@@ -19,6 +19,7 @@ load()
 # Looking an overload up costs more than the call; these are looked up once.
 _rms_norm = torch.ops.liger.rms_norm.default
 _rope = torch.ops.liger.rope.default
+_mrope = torch.ops.liger.mrope.default
 _swiglu = torch.ops.liger.swiglu.default
 _cross_entropy = torch.ops.liger.cross_entropy.default
 _fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
@@ -53,12 +54,12 @@ def rms_norm(
     return _rms_norm(x, weight, eps, offset, casting_mode)[0]
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Rotary position embedding (Su et al., arXiv:2104.09864) in the half-split form of Hugging Face models.
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Rotary position embedding (Su et al., arXiv:2104.09864).
 
-    With R the width of `cos` and j < R/2, `out[j] = x[j] cos[j] - x[j+R/2] sin[j]` and
-    `out[j+R/2] = x[j+R/2] cos[j+R/2] + x[j] sin[j+R/2]`; columns from R on are copied (partial rotary).
-    Computed in float32 and rounded once.
+    With R the width of `cos`, the columns (a, b) of each of R/2 pairs become
+    `out[a] = x[a] cos[a] - x[b] sin[a]` and `out[b] = x[b] cos[b] + x[a] sin[b]`; columns from R on are
+    copied (partial rotary). Computed in float32 and rounded once.
 
     Args:
         q: `[batch, query_heads, positions, head_dim]`, in any memory order.
@@ -66,6 +67,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         cos: `[1 or batch, positions, R]` or `[positions, R]`, R even and at most head_dim, of q's dtype or
             float32. No gradient flows into it.
         sin: as cos.
+        interleaved: which columns are a pair: j and j + R/2, as in most Hugging Face models, or the
+            neighbours 2j and 2j + 1, as in GPT-J and Cohere.
 
     Returns:
         The rotated q and k, with the dtypes and memory orders of q and k.
@@ -75,7 +78,29 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         ValueError: shapes or devices do not fit.
         NotImplementedError: cos or sin requires a gradient.
     """
-    return _rope(q, k, cos, sin)
+    return _rope(q, k, cos, sin, interleaved)
+
+
+def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mrope_section: list[int]) -> tuple[Tensor, Tensor]:
+    r"""Multimodal rotary position embedding of Qwen2-VL (Wang et al., arXiv:2409.12191).
+
+    `rope` whose pairs take their angles from three planes, of temporal, height and width positions: the first
+    `mrope_section[0]` pairs from plane 0, the next `mrope_section[1]` from plane 1, the rest from plane 2.
+
+    Args:
+        q: `[batch, query_heads, positions, head_dim]`, in any memory order.
+        k: `[batch, key_heads, positions, head_dim]`.
+        cos: `[3, 1 or batch, positions, R]`, of q's dtype or float32. No gradient flows into it.
+        sin: as cos.
+        mrope_section: three numbers of pairs whose sum is R/2.
+
+    Returns:
+        The rotated q and k, with the dtypes and memory orders of q and k.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `rope`; ValueError for sections that do not fit.
+    """
+    return _mrope(q, k, cos, sin, mrope_section)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ struct Rope {
   const void* cos;
   const void* sin;
   int64_t batch, positions, head_dim, rotary_dim;
-  int64_t cos_strides[2], sin_strides[2];  // batch (0 when shared), position
+  int64_t cos_strides[3], sin_strides[3];  // plane, batch (both 0 when shared), position
+  int64_t section_ends[2];                 // pairs from these on read plane 1, plane 2
+  bool interleaved;                        // pairs are neighbours, not half of rotary_dim apart
   bool inverse;                            // the transposed rotation, for backward
 };
 

@@ -17,9 +17,12 @@ from liger_ops.nn import (
 from liger_ops.transformers.functional import (
     liger_cross_entropy,
     liger_fused_linear_cross_entropy,
+    liger_multimodal_rotary_pos_emb,
+    liger_qwen2vl_mrope,
     liger_rms_norm,
     liger_rope,
     liger_rotary_pos_emb,
+    liger_rotary_pos_emb_vision,
     liger_swiglu,
 )
 
@@ -42,9 +45,12 @@ __all__ = [
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_vision",
     "liger_swiglu",
     "patch",
     "patched",
