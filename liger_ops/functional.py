@@ -9,6 +9,8 @@ implemented.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -122,6 +124,45 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
+@dataclass
+class CrossEntropyOutput:
+    """What `cross_entropy` and `fused_linear_cross_entropy` return when more than the loss is asked for.
+
+    Attributes:
+        loss: float32 (float64 for float64 logits), 0-d, or `[tokens]` for reduction `"none"`. The only one
+            with a gradient.
+        z_loss: the part of the loss that `lse_square_scale` adds, shaped as the loss.
+        token_accuracy: float32, whether the predicted token is the target: the mean over the targets that are
+            not ignored, 0 when all are; 0 or 1 per token for `"none"`, 0 where the target is ignored.
+        predicted_tokens: `[tokens]`, int64, the class with the largest logit, the first of several, a NaN
+            being largest as in `torch.argmax`; -1 where the target is ignored.
+
+    What was not asked for is None.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def _cross_entropy_output(
+    outputs: tuple[Tensor, ...],
+    return_z_loss: bool,
+    return_token_accuracy: bool,
+    return_predicted_tokens: bool,
+) -> Tensor | CrossEntropyOutput:
+    loss, z_loss, _, token_accuracy, predicted_tokens = outputs
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        z_loss if return_z_loss else None,
+        token_accuracy if return_token_accuracy else None,
+        predicted_tokens if return_predicted_tokens else None,
+    )
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -131,7 +172,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
-) -> Tensor:
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     r"""Cross entropy of logits with class indices, as `F.cross_entropy` defines it, and more.
 
     Per row, with `y = softcap * tanh(logits / softcap)` (or the logits), `lse = log(sum(exp(y)))`, class
@@ -153,18 +198,35 @@ def cross_entropy(
         label_smoothing: e, between 0 and 1.
         lse_square_scale: factor of the z-loss.
         softcap: caps the logits smoothly at this size, as Gemma 2 does.
+        use_token_scaling: multiplies each row's loss, z-loss included, by the probability `exp(y_t - lse)` of
+            its target, through which no gradient flows: dynamic fine-tuning (Wu et al., arXiv:2508.05629).
+            The divisor of the mean stays.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: see `CrossEntropyOutput`. They are
+            found in the same pass over the logits as the loss.
 
     Returns:
-        float32 (float64 for float64 logits): 0-d, or `[tokens]` for `"none"`.
+        float32 (float64 for float64 logits): 0-d, or `[tokens]` for `"none"`. A `CrossEntropyOutput` with one
+        of the `return_` options.
 
     Raises:
         TypeError: a dtype is not supported, or the target is not int64.
         ValueError: shapes, devices or options do not fit.
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
     """
-    return _cross_entropy(
-        logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction
-    )[0]
+    outputs = _cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+        reduction,
+        use_token_scaling,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    return _cross_entropy_output(outputs, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
 
 def fused_linear_cross_entropy(
@@ -182,7 +244,11 @@ def fused_linear_cross_entropy(
     num_items: Tensor | float | None = None,
     accum_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-) -> Tensor:
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     r"""`cross_entropy(input @ weight.T + bias, target)` without ever holding the logits.
 
     The rows are taken in chunks: product, loss and the gradients of input, weight and bias, through one
@@ -204,9 +270,12 @@ def fused_linear_cross_entropy(
             in the weight's dtype.
         workspace_bytes: what a call may take beside its results. By default 512 MiB on CUDA; on the CPU a
             quarter of the weight, and 64 MiB at least.
+        use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens: as in
+            `cross_entropy`. They cost a number per token each.
 
     Returns:
-        float32 (float64 for float64 input): 0-d, or `[tokens]` for `"none"`.
+        float32 (float64 for float64 input): 0-d, or `[tokens]` for `"none"`. A `CrossEntropyOutput` with one
+        of the `return_` options.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -219,7 +288,7 @@ def fused_linear_cross_entropy(
         else:
             # A fill on the device: copying a number there would wait for it.
             num_items = torch.full((), num_items, device=input.device, dtype=torch.float32)
-    return _fused_linear_cross_entropy(
+    outputs = _fused_linear_cross_entropy(
         input,
         weight,
         target,
@@ -233,4 +302,8 @@ def fused_linear_cross_entropy(
         num_items,
         accum_dtype,
         workspace_bytes,
-    )[0]
+        use_token_scaling,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    return _cross_entropy_output(outputs, return_z_loss, return_token_accuracy, return_predicted_tokens)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 
 import liger_ops.functional as LF
-from liger_ops.nn._loss_options import refuse
+from liger_ops.functional import CrossEntropyOutput
+from liger_ops.nn._loss_options import in_dtype
 
 __all__ = [
+    "CrossEntropyOutput",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "liger_multimodal_rotary_pos_emb",
@@ -126,20 +128,13 @@ def liger_cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of logits (T, V) and int64 targets (T,), in the logits' dtype as ``F.cross_entropy``
-    returns it.
-
-    Raises NotImplementedError for a ``return_*`` flag that is set.
+    returns it; a ``CrossEntropyOutput`` with one of the ``return_*`` flags.
     """
-    refuse(
-        return_z_loss=return_z_loss,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    loss = LF.cross_entropy(
+    result = LF.cross_entropy(
         input,
         target,
         weight,
@@ -148,8 +143,11 @@ def liger_cross_entropy(
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
     )
-    return loss.to(input.dtype)
+    return in_dtype(result, input.dtype)
 
 
 def liger_fused_linear_cross_entropy(
@@ -168,18 +166,10 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of ``input @ weightᵀ + bias`` for input (T, H), weight (V, H), int64 targets (T,); loss
-    in fp32.
-
-    Raises NotImplementedError for ``use_token_scaling`` or a ``return_*`` flag that is set.
+    in fp32. A ``CrossEntropyOutput`` with one of the ``return_*`` flags.
     """
-    refuse(
-        return_z_loss=return_z_loss,
-        use_token_scaling=use_token_scaling,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )
     return LF.fused_linear_cross_entropy(
         input,
         weight,
@@ -192,4 +182,8 @@ def liger_fused_linear_cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         accum_dtype=accum_dtype,
+        use_token_scaling=use_token_scaling,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
     )
