@@ -174,7 +174,10 @@ class Chunks {
 
   int64_t workspace() const {
     const auto& asked = args_.options.workspace_bytes;
-    const int64_t statistics = 4 * tokens_ * static_cast<int64_t>(results.lse.element_size());
+    const auto bytes = [](const at::Tensor& t) {
+      return t.defined() ? static_cast<int64_t>(t.nbytes()) : int64_t{0};
+    };
+    const int64_t statistics = 4 * bytes(results.lse) + bytes(results.row_scale) + bytes(results.predicted);
     return (asked ? *asked : device_.default_workspace(weight_)) - statistics;
   }
 
