@@ -24,7 +24,18 @@ from liger_ops.transformers.functional import (
 )
 
 if TYPE_CHECKING:
-    from liger_ops.transformers.apply import MODEL_TYPE_TO_APPLY_LIGER_FN, apply_liger_kernel_to_llama
+    from liger_ops.transformers.apply import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        apply_liger_kernel_to_gemma,
+        apply_liger_kernel_to_gemma2,
+        apply_liger_kernel_to_llama,
+        apply_liger_kernel_to_mistral,
+        apply_liger_kernel_to_mixtral,
+        apply_liger_kernel_to_mllama,
+        apply_liger_kernel_to_phi3,
+        apply_liger_kernel_to_qwen2,
+        apply_liger_kernel_to_qwen2_vl,
+    )
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
     from liger_ops.transformers.patching import patch, patched
     from liger_ops.transformers.report import PatchReport
@@ -38,7 +49,15 @@ __all__ = [
     "LigerRMSNorm",
     "LigerSwiGLUMLP",
     "PatchReport",
+    "apply_liger_kernel_to_gemma",
+    "apply_liger_kernel_to_gemma2",
     "apply_liger_kernel_to_llama",
+    "apply_liger_kernel_to_mistral",
+    "apply_liger_kernel_to_mixtral",
+    "apply_liger_kernel_to_mllama",
+    "apply_liger_kernel_to_phi3",
+    "apply_liger_kernel_to_qwen2",
+    "apply_liger_kernel_to_qwen2_vl",
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
@@ -55,7 +74,15 @@ _LAZY = {
     "MODEL_TYPE_TO_APPLY_LIGER_FN": "apply",
     "_apply_liger_kernel": "apply",
     "_apply_liger_kernel_to_instance": "apply",
+    "apply_liger_kernel_to_gemma": "apply",
+    "apply_liger_kernel_to_gemma2": "apply",
     "apply_liger_kernel_to_llama": "apply",
+    "apply_liger_kernel_to_mistral": "apply",
+    "apply_liger_kernel_to_mixtral": "apply",
+    "apply_liger_kernel_to_mllama": "apply",
+    "apply_liger_kernel_to_phi3": "apply",
+    "apply_liger_kernel_to_qwen2": "apply",
+    "apply_liger_kernel_to_qwen2_vl": "apply",
     "AutoLigerKernelForCausalLM": "auto_model",
     "PatchReport": "report",
     "install": "trainer",
