@@ -6,9 +6,7 @@ import pickle
 import pytest
 import torch
 from tiny import (
-    BATCH,
     CALLS,
-    LENGTH,
     MODELS,
     Operators,
     assert_same_gradients,
@@ -25,9 +23,6 @@ from liger_ops.transformers import patch
 
 # With it transformers' own forward fails in decoding.
 NO_ROUTER_LOSS = {"mixtral": dict(output_router_logits=False)}
-
-# transformers' vision tower asks the images for their sizes, which breaks the graph.
-WHOLE_GRAPH = [family for family in MODELS if family != "qwen2_vl"]
 
 pytestmark = pytest.mark.parametrize("family", MODELS)
 
@@ -215,48 +210,6 @@ def test_data_parallel_replica_uses_its_own_weights(family, device):
     assert not out.any()
 
 
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-def test_compile_trains_like_eager(family, backend, device):
-    torch.compiler.reset()
-    if backend == "inductor" and family != "llama":
-        pytest.skip("takes long, and what inductor gets is the same operators")
-    model, _ = pair(family, device, **NO_ROUTER_LOSS.get(family, {}))
-    eager = twin(model)
-    patch(eager)
-    if backend == "aot_eager":
-        model.gradient_checkpointing_enable()
-        # transformers warns about the cache with checkpointing, and dynamo breaks on the warning.
-        model.config.get_text_config().use_cache = False
-    compiled = torch.compile(model, fullgraph=family in WHOLE_GRAPH, backend=backend)
-    losses = train(model, 4, forward=compiled, device=device, family=family)
-    assert losses == pytest.approx(train(eager, 4, device=device, family=family), rel=1e-4)
-
-
-def test_compile_with_num_items(family, device):
-    torch.compiler.reset()
-    model, _ = pair(family, device, **NO_ROUTER_LOSS.get(family, {}))
-    compiled = torch.compile(model, fullgraph=family in WHOLE_GRAPH, backend="aot_eager")
-    for items in (16, 7):
-        count = torch.tensor(items, device=device)
-        loss = compiled(**batch(device, family=family), num_items_in_batch=count).loss
-        torch.testing.assert_close(loss, model(**batch(device, family=family), num_items_in_batch=count).loss)
-        # What the Trainer does to the loss before backward.
-        loss *= 2
-        loss.backward()
-
-
-def test_compile_in_evaluation_returns_logits(family, device):
-    torch.compiler.reset()
-    model, _ = pair(family, device, **NO_ROUTER_LOSS.get(family, {}))
-    model.eval()
-    compiled = torch.compile(model, fullgraph=family in WHOLE_GRAPH, backend="aot_eager")
-    with torch.no_grad():
-        out, expected = compiled(**batch(device, family=family)), model(**batch(device, family=family))
-    torch.testing.assert_close(out.logits, expected.logits)
-    torch.testing.assert_close(out.loss, expected.loss)
-    assert out.logits.shape == (BATCH, LENGTH, model.config.get_text_config().vocab_size)
-
-
 def test_plain_cross_entropy(family, device):
     stock = tiny(family, device)
     model = twin(stock)
@@ -269,17 +222,6 @@ def test_plain_cross_entropy(family, device):
     stock_loss, stock_gradients = step(stock, **batch(device, family=family))
     torch.testing.assert_close(loss, stock_loss, rtol=1e-5, atol=0)
     assert_same_gradients(gradients, stock_gradients)
-
-
-def test_patch_and_undo_reach_a_compiled_model(family, device):
-    torch.compiler.reset()
-    model = tiny(family, device, **NO_ROUTER_LOSS.get(family, {}))
-    compiled = torch.compile(model, fullgraph=family in WHOLE_GRAPH, backend="aot_eager")
-    assert compiled(**batch(device, family=family)).logits is not None
-    report = patch(model)
-    assert compiled(**batch(device, family=family)).logits is None
-    report.undo()
-    assert compiled(**batch(device, family=family)).logits is not None
 
 
 def test_export(family, device):
