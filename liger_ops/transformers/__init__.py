@@ -15,11 +15,15 @@ from liger_ops.nn import (
     LigerSwiGLUMLP,
 )
 from liger_ops.transformers.functional import (
+    CrossEntropyOutput,
     liger_cross_entropy,
     liger_fused_linear_cross_entropy,
+    liger_multimodal_rotary_pos_emb,
+    liger_qwen2vl_mrope,
     liger_rms_norm,
     liger_rope,
     liger_rotary_pos_emb,
+    liger_rotary_pos_emb_vision,
     liger_swiglu,
 )
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
         apply_liger_kernel_to_qwen2_vl,
     )
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_ops.transformers.forwards.outputs import LigerCausalLMOutputWithPast
     from liger_ops.transformers.patching import patch, patched
     from liger_ops.transformers.report import PatchReport
     from liger_ops.transformers.trainer import install, uninstall
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_TYPE_TO_APPLY_LIGER_FN",
     "AutoLigerKernelForCausalLM",
+    "CrossEntropyOutput",
+    "LigerCausalLMOutputWithPast",
     "LigerCrossEntropyLoss",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerRMSNorm",
@@ -61,9 +68,12 @@ __all__ = [
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_vision",
     "liger_swiglu",
     "patch",
     "patched",
@@ -84,6 +94,7 @@ _LAZY = {
     "apply_liger_kernel_to_qwen2": "apply",
     "apply_liger_kernel_to_qwen2_vl": "apply",
     "AutoLigerKernelForCausalLM": "auto_model",
+    "LigerCausalLMOutputWithPast": "forwards.outputs",
     "PatchReport": "report",
     "install": "trainer",
     "patch": "patching",

@@ -74,5 +74,6 @@ def test_logits_loss_and_gradients(family, changes, device):
     assert_same_gradients(gradients, stock_gradients)
     with torch.no_grad():
         out, stock_out = model.eval()(**inputs), stock.eval()(**inputs)
-    assert type(out) is type(stock_out)
+    assert isinstance(out, type(stock_out))
+    assert out.keys() == stock_out.keys()
     torch.testing.assert_close(out.logits, stock_out.logits, rtol=1e-4, atol=1e-5)

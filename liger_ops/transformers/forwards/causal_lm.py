@@ -16,14 +16,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from liger_ops.functional import CrossEntropyOutput
 from liger_ops.transformers.forwards.lm_head import linear_head
 from liger_ops.transformers.forwards.loss import (
     LOSS_ARGUMENTS,
-    UNAVAILABLE_ARGUMENTS,
     causal_lm_loss,
     fused_causal_lm_loss,
+    logits_loss,
     next_token_targets,
 )
+from liger_ops.transformers.forwards.outputs import with_loss_details
 
 # Also keeps one row per sample for a 2-D `logits_to_keep`; newer versions of transformers have it.
 _slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", None)
@@ -65,7 +67,7 @@ def build(
     but those of the head go to the backbone. ``parts.CausalLMHead`` describes the others.
     """
     names = list(inspect.signature(original).parameters)[1:]
-    output = output_class(original)
+    output = with_loss_details(output_class(original))
     output_fields = [field.name for field in fields(output)]
     balance = router_loss and getattr(sys.modules[original.__module__], router_loss)
 
@@ -82,8 +84,10 @@ def build(
                 training on labels.
             logits_to_keep: with labels, the loss is over the kept positions.
             num_items_in_batch: divides the summed loss: a number or a tensor of one element on any device.
-            ignore_index, label_smoothing, lse_square_scale, accum_dtype: as in
+            ignore_index, label_smoothing, lse_square_scale, accum_dtype, use_token_scaling: as in
                 ``liger_fused_linear_cross_entropy``.
+            return_token_accuracy, return_predicted_tokens, return_z_loss: fill the result's fields of those
+                names where there is a loss.
             return_dict: False returns a tuple. Where logits were skipped it holds None, so that what follows
                 keeps its position.
 
@@ -94,9 +98,6 @@ def build(
         if len(args) > len(names) or any(name in kwargs for name in arguments):
             return original(self, *args, **kwargs)  # which raises the TypeError
         arguments |= kwargs
-        for name in UNAVAILABLE_ARGUMENTS:
-            if arguments.pop(name, None):
-                raise NotImplementedError(f"{name} is not available in liger_ops; call the model without it")
         loss_arguments = {name: arguments.pop(name) for name in LOSS_ARGUMENTS if name in arguments}
         labels = arguments.pop("labels", None)
         logits_to_keep = arguments.pop("logits_to_keep", 0)
@@ -123,34 +124,36 @@ def build(
             skip_logits = self.training and labels is not None
 
         cap = None if softcap is None else getattr(self.config, softcap)
-        loss = logits = None
+        logits = None
+        result = CrossEntropyOutput(None)
         head = linear_head(self.lm_head) if skip_logits and targets is not None else None
         if head is not None and head.obstacle is None:
-            loss = fused_causal_lm_loss(
+            result = fused_causal_lm_loss(
                 hidden_states, head.weight, head.bias, targets, softcap=cap, **loss_arguments
             )
         else:
             logits = self.lm_head(hidden_states)
-            if cap is not None:
-                logits = cap * torch.tanh(logits / cap)
             if targets is not None:
                 loss_arguments.pop("accum_dtype", None)
-                loss = causal_lm_loss(logits, None, shift_labels=targets, **loss_arguments)
+                result = logits_loss(logits, targets, softcap=cap, **loss_arguments)
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
             if float_logits:
                 logits = logits.float()
             if targets is None and labels is not None:
                 extra = {name: value for name, value in arguments.items() if name not in names}
                 vocab_size = self.config.get_text_config().vocab_size
-                loss = self.loss_function(
+                result.loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=vocab_size, **loss_arguments, **extra
                 )
 
-        results = {name: getattr(outputs, name, None) for name in output_fields}
+        results = {name: getattr(result, name, getattr(outputs, name, None)) for name in output_fields}
+        results["logits"] = logits
         if balance:
-            results["aux_loss"] = _balance_loss(self, balance, arguments, outputs.router_logits)
-            if loss is not None and results["aux_loss"] is not None:
-                loss = loss + self.router_aux_loss_coef * results["aux_loss"].to(loss.device)
-        results |= dict(loss=loss, logits=logits)
+            aux_loss = _balance_loss(self, balance, arguments, outputs.router_logits)
+            if result.loss is not None and aux_loss is not None:
+                results["loss"] = result.loss + self.router_aux_loss_coef * aux_loss.to(result.loss.device)
+            results["aux_loss"] = aux_loss
 
         if return_dict is None:
             return_dict = self.config.return_dict
