@@ -12,9 +12,9 @@
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
 #include "ops/fused_linear_cross_entropy_chunks.h"
+#include "ops/glu.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
-#include "ops/swiglu.h"
 
 namespace {
 const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag};
@@ -50,6 +50,15 @@ TORCH_LIBRARY(liger, m) {
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
+  // gelu(gate) * up, contiguous; approximate: "tanh" or "none", as in F.gelu.
+  m.def("geglu(Tensor gate, Tensor up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_backward(Tensor dout, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)",
+      kTags);
+  // gate and up are the halves of gate_up's last dimension.
+  m.def("swiglu_packed(Tensor gate_up) -> Tensor", kTags);
+  m.def("swiglu_packed_backward(Tensor dout, Tensor gate_up) -> Tensor dgate_up", kTags);
+  m.def("geglu_packed(Tensor gate_up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_packed_backward(Tensor dout, Tensor gate_up, str approximate) -> Tensor dgate_up", kTags);
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
   // token_accuracy: as loss, float32; predicted_tokens: [tokens] int64. z_loss is the part of loss that
@@ -117,6 +126,12 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("mrope_backward", liger::mrope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
+  m.impl("geglu", liger::geglu_cpu);
+  m.impl("geglu_backward", liger::geglu_backward_cpu);
+  m.impl("swiglu_packed", liger::swiglu_packed_cpu);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cpu);
+  m.impl("geglu_packed", liger::geglu_packed_cpu);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cpu);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCpu>::call);
@@ -146,6 +161,12 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("mrope_backward", liger::mrope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
+  m.impl("geglu", liger::geglu_cuda);
+  m.impl("geglu_backward", liger::geglu_backward_cuda);
+  m.impl("swiglu_packed", liger::swiglu_packed_cuda);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cuda);
+  m.impl("geglu_packed", liger::geglu_packed_cuda);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cuda);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCuda>::call);
@@ -175,6 +196,12 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("mrope_backward", liger::mrope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
+  m.impl("geglu", liger::geglu_meta);
+  m.impl("geglu_backward", liger::geglu_backward_meta);
+  m.impl("swiglu_packed", liger::swiglu_packed_meta);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_meta);
+  m.impl("geglu_packed", liger::geglu_packed_meta);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_meta);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
@@ -194,6 +221,12 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("mrope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu", liger::geglu_autograd);
+  m.impl("geglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("swiglu_packed", liger::swiglu_packed_autograd);
+  m.impl("swiglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu_packed", liger::geglu_packed_autograd);
+  m.impl("geglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
@@ -217,6 +250,12 @@ void register_autocast(torch::Library& m) {
   m.impl("mrope_backward", liger::WithoutAutocast<liger::mrope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
+  m.impl("geglu", liger::WithoutAutocast<liger::geglu>::call);
+  m.impl("geglu_backward", liger::WithoutAutocast<liger::geglu_backward>::call);
+  m.impl("swiglu_packed", liger::WithoutAutocast<liger::swiglu_packed>::call);
+  m.impl("swiglu_packed_backward", liger::WithoutAutocast<liger::swiglu_packed_backward>::call);
+  m.impl("geglu_packed", liger::WithoutAutocast<liger::geglu_packed>::call);
+  m.impl("geglu_packed_backward", liger::WithoutAutocast<liger::geglu_packed_backward>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
   m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
   m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);

@@ -23,6 +23,9 @@ _rms_norm = torch.ops.liger.rms_norm.default
 _rope = torch.ops.liger.rope.default
 _mrope = torch.ops.liger.mrope.default
 _swiglu = torch.ops.liger.swiglu.default
+_geglu = torch.ops.liger.geglu.default
+_swiglu_packed = torch.ops.liger.swiglu_packed.default
+_geglu_packed = torch.ops.liger.geglu_packed.default
 _cross_entropy = torch.ops.liger.cross_entropy.default
 _fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
 
@@ -161,6 +164,88 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         dup.
     """
     return _swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""The GeGLU gate `gelu(gate) * up` (Shazeer, arXiv:2002.05202).
+
+    With Phi the normal distribution, `gelu(x) = x Phi(x)` (Hendrycks and Gimpel, arXiv:1606.08415). The tanh
+    form replaces `Phi(x)` by `(1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2`.
+
+    Args:
+        gate: `[..., intermediate]`. Slices of a wider buffer are read in place.
+        up: as gate, same shape and dtype.
+        approximate: `"tanh"` (Gemma's `gelu_pytorch_tanh`) or `"none"` (exact), as in `F.gelu`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: a dtype is not supported, or up's differs from gate's.
+        ValueError: shapes or devices differ, or approximate is unknown.
+
+    Rounding:
+        `gelu(gate)`, then the product. The gradients are computed in float32 and rounded once. Both forms are
+        computed without the cancellation of `1 + tanh` and `1 + erf` for negative gates.
+
+    Saves:
+        gate and up; the activation is computed again.
+
+    Moves:
+        As `swiglu`.
+    """
+    return _geglu(gate, up, approximate)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    r"""`swiglu` of the halves of one buffer, as a fused projection or a layer of experts yields them.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`: gate, then up. Read in place.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd.
+
+    Rounding:
+        As `swiglu`.
+
+    Saves:
+        gate_up; the activation is computed again.
+
+    Moves:
+        As `swiglu`; backward writes one buffer, the gradient of gate_up.
+    """
+    return _swiglu_packed(gate_up)
+
+
+def geglu_packed(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""`geglu` of the halves of one buffer, as a fused projection or a layer of experts yields them.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`: gate, then up. Read in place.
+        approximate: `"tanh"` or `"none"`, as in `geglu`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd, or approximate is unknown.
+
+    Rounding:
+        As `geglu`.
+
+    Saves:
+        gate_up; the activation is computed again.
+
+    Moves:
+        As `swiglu`; backward writes one buffer, the gradient of gate_up.
+    """
+    return _geglu_packed(gate_up, approximate)
 
 
 @dataclass
