@@ -7,12 +7,14 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "ops/add_rms_norm.h"
 #include "ops/cross_entropy.h"
 #include "ops/cross_entropy_rows.h"
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
 #include "ops/fused_linear_cross_entropy_chunks.h"
 #include "ops/glu.h"
+#include "ops/layer_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 
@@ -29,6 +31,29 @@ TORCH_LIBRARY(liger, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, "
       "str casting_mode, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
+      kTags);
+
+  // sum: x + residual. y, rstd: of rms_norm(sum). dx and dresidual are equal and do not alias.
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor? weight=None, float eps=1e-06, float offset=0.0, "
+      "str casting_mode=\"llama\") -> (Tensor y, Tensor sum, Tensor rstd)",
+      kTags);
+  m.def(
+      "add_rms_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor rstd, "
+      "float offset, str casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) -> "
+      "(Tensor dx, Tensor dresidual, Tensor dweight)",
+      kTags);
+
+  // y: as x. mean, rstd: x without its last dimension, float32 (float64 for float64 x).
+  m.def(
+      "layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)",
+      kTags);
+  // bias_dtype: dtype of dbias.
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+      "ScalarType bias_dtype, bool need_dx, bool need_dweight, bool need_dbias) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias)",
       kTags);
 
   // The rotated q and k, in the memory order of q and k.
@@ -120,6 +145,10 @@ TORCH_LIBRARY(liger, m) {
 TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rms_norm", liger::rms_norm_cpu);
   m.impl("rms_norm_backward", liger::rms_norm_backward_cpu);
+  m.impl("add_rms_norm", liger::add_rms_norm_cpu);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_cpu);
+  m.impl("layer_norm", liger::layer_norm_cpu);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_cpu);
   m.impl("rope", liger::rope_cpu);
   m.impl("rope_backward", liger::rope_backward_cpu);
   m.impl("mrope", liger::mrope_cpu);
@@ -155,6 +184,10 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
 TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rms_norm", liger::rms_norm_cuda);
   m.impl("rms_norm_backward", liger::rms_norm_backward_cuda);
+  m.impl("add_rms_norm", liger::add_rms_norm_cuda);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_cuda);
+  m.impl("layer_norm", liger::layer_norm_cuda);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_cuda);
   m.impl("rope", liger::rope_cuda);
   m.impl("rope_backward", liger::rope_backward_cuda);
   m.impl("mrope", liger::mrope_cuda);
@@ -190,6 +223,10 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
 TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rms_norm", liger::rms_norm_meta);
   m.impl("rms_norm_backward", liger::rms_norm_backward_meta);
+  m.impl("add_rms_norm", liger::add_rms_norm_meta);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_meta);
+  m.impl("layer_norm", liger::layer_norm_meta);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_meta);
   m.impl("rope", liger::rope_meta);
   m.impl("rope_backward", liger::rope_backward_meta);
   m.impl("mrope", liger::mrope_meta);
@@ -215,6 +252,10 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
 TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rms_norm", liger::rms_norm_autograd);
   m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("add_rms_norm", liger::add_rms_norm_autograd);
+  m.impl("add_rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("layer_norm", liger::layer_norm_autograd);
+  m.impl("layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("rope", liger::rope_autograd);
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("mrope", liger::mrope_autograd);
@@ -244,6 +285,10 @@ namespace {
 void register_autocast(torch::Library& m) {
   m.impl("rms_norm", liger::WithoutAutocast<liger::rms_norm>::call);
   m.impl("rms_norm_backward", liger::WithoutAutocast<liger::rms_norm_backward>::call);
+  m.impl("add_rms_norm", liger::WithoutAutocast<liger::add_rms_norm>::call);
+  m.impl("add_rms_norm_backward", liger::WithoutAutocast<liger::add_rms_norm_backward>::call);
+  m.impl("layer_norm", liger::WithoutAutocast<liger::layer_norm>::call);
+  m.impl("layer_norm_backward", liger::WithoutAutocast<liger::layer_norm_backward>::call);
   m.impl("rope", liger::WithoutAutocast<liger::rope>::call);
   m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
   m.impl("mrope", liger::WithoutAutocast<liger::mrope>::call);

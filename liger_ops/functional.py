@@ -20,6 +20,8 @@ load()
 
 # Looking an overload up costs more than the call; these are looked up once.
 _rms_norm = torch.ops.liger.rms_norm.default
+_add_rms_norm = torch.ops.liger.add_rms_norm.default
+_layer_norm = torch.ops.liger.layer_norm.default
 _rope = torch.ops.liger.rope.default
 _mrope = torch.ops.liger.mrope.default
 _swiglu = torch.ops.liger.swiglu.default
@@ -68,6 +70,87 @@ def rms_norm(
         of float32 for each group of rows.
     """
     return _rms_norm(x, weight, eps, offset, casting_mode)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    r"""A residual connection and the `rms_norm` after it, in one pass over memory.
+
+    `sum = x + residual`, rounded to the dtype as a separate addition rounds it, and `y = rms_norm(sum)`.
+    Backward adds the gradients of both results in float32 and rounds once.
+
+    Args:
+        x: `[..., hidden]`.
+        residual: as x, same shape and dtype; it is not broadcast.
+        weight, eps, offset, casting_mode: as in `rms_norm`.
+
+    Returns:
+        y and sum, `[..., hidden]`, contiguous, of x's dtype.
+
+    Raises:
+        TypeError: a dtype is not supported, or residual's differs from x's.
+        ValueError: shapes or devices do not fit, or casting_mode is unknown.
+
+    Rounding:
+        The sum, then as `rms_norm`. The gradients of sum and of y are added in float32 and rounded once.
+
+    Saves:
+        sum, weight, and rstd in float32; neither x nor residual.
+
+    Moves:
+        Forward reads x and residual and writes sum and y. Backward reads dy, the gradient of sum and sum, and
+        writes the gradients of x and residual, which are equal and share no memory, as far as they are asked
+        for.
+    """
+    y, total, _ = _add_rms_norm(x, residual, weight, eps, offset, casting_mode)
+    return y, total
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalisation over the last dimension (Ba, Kiros and Hinton, arXiv:1607.06450).
+
+    .. math::
+        y = \frac{x - \operatorname{mean}(x)}{\sqrt{\operatorname{var}(x) + \epsilon}} \cdot \text{weight}
+        + \text{bias}
+
+    with the variance of the population, as `F.layer_norm` has it. Computed in float32 (float64 for float64)
+    and rounded once. A mean that is large beside the deviations costs no accuracy, forward or backward.
+
+    Args:
+        x: `[..., hidden]`.
+        weight: `[hidden]`, of x's dtype, or float32 beside a 16-bit x. None leaves the scaling out.
+        bias: as weight. None adds nothing.
+        eps: added to the variance.
+
+    Returns:
+        `[..., hidden]`, contiguous, of x's dtype.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: shapes or devices do not fit.
+
+    Rounding:
+        The result and each gradient, once. Mean and rstd stay in float32.
+
+    Saves:
+        x, weight, and mean and rstd in float32 (8 bytes a row).
+
+    Moves:
+        Forward reads x and writes y. Backward reads dy and x and writes dx; partial sums of dweight and dbias
+        add two rows of float32 for each group of rows.
+    """
+    return _layer_norm(x, weight, bias, eps)[0]
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
