@@ -266,11 +266,22 @@ def test_accum_dtype(model, stock, inputs):
         close(model.train(mode)(**inputs, accum_dtype=torch.float32).loss, stock(**inputs).loss)
 
 
-@pytest.mark.parametrize("name", ["return_token_accuracy", "use_token_scaling", "return_predicted_tokens"])
-def test_unavailable_options(model, inputs, name):
-    with pytest.raises(NotImplementedError, match=name):
-        model(**inputs, **{name: True})
-    assert model(**inputs, **{name: False}).loss.isfinite()
+@pytest.mark.parametrize("training", [True, False])
+def test_details_of_the_loss(model, inputs, training):
+    """Fields of the output that stay None unless asked for."""
+    model.train(training)
+    out = model(**inputs)
+    assert out.token_accuracy is None and out.predicted_tokens is None and out.z_loss is None
+    asked = dict(return_token_accuracy=True, return_predicted_tokens=True, return_z_loss=True)
+    detailed = model(**inputs, **asked, lse_square_scale=0.1)
+    targets = shifted(inputs["labels"])
+    kept = targets != -100
+    predicted = torch.where(kept, model(**inputs, skip_logits=False).logits.argmax(-1), -1)
+    assert torch.equal(detailed.predicted_tokens, predicted)
+    close(detailed.token_accuracy, (predicted == targets)[kept].float().mean())
+    close(detailed.loss - detailed.z_loss, out.loss)
+    loss = model(**inputs, use_token_scaling=True).loss
+    assert loss.isfinite() and abs(loss - out.loss) > 1e-3
 
 
 def test_evaluation_loss_makes_no_float_copy_of_the_logits(device):
