@@ -100,7 +100,8 @@ def _settle(found: Recognized, candidates: list[Forward], cls: type, modules: li
         try:
             distance = max(_distance_of(candidate, stock, module) for module in different)
         except _Refused as refusal:
-            reason = str(refusal)
+            if reason is None or refusal.close:
+                reason = str(refusal)
             continue
         if distance < least:
             best, least = candidate, distance
@@ -117,7 +118,11 @@ def _record(
 
 
 class _Refused(Exception):
-    """Why a candidate is not taken."""
+    """Why a candidate is not taken, and whether it came as far as its gradients."""
+
+    def __init__(self, reason: str, close: bool = False) -> None:
+        super().__init__(reason)
+        self.close = close
 
 
 def _fingerprint(module: nn.Module) -> tuple:
@@ -251,6 +256,12 @@ class _Random:
     def __call__(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
+    def seed_default(self) -> None:
+        """Seed the generators that a forward on this device may use; ``torch.manual_seed`` seeds all."""
+        torch.random.default_generator.manual_seed(0)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index].manual_seed(0)
+
 
 def _distance(
     call: Callable[[Callable], torch.Tensor],
@@ -259,7 +270,10 @@ def _distance(
     leaves: tuple[torch.Tensor, ...],
     random: _Random,
 ) -> float:
-    """The largest relative difference between both functions' results; _Refused if more than rounding."""
+    """The relative difference of both functions' results.
+
+    Raises _Refused when it, or that of the gradients, is more than rounding.
+    """
     results: list[list[torch.Tensor]] = []
     devices = [random.device] if random.device.type == "cuda" else []
     upstream = None
@@ -270,7 +284,7 @@ def _distance(
             torch.enable_grad(),
             torch.autocast(random.device.type, enabled=False),
         ):
-            torch.manual_seed(0)
+            random.seed_default()
             result = call(function)
             if upstream is None:
                 upstream = random(*result.shape).to(result.dtype)
@@ -279,19 +293,18 @@ def _distance(
     # 16-bit results are rounded from better ones. In float32 and float64 the order of sums shows, and
     # gradients sum more.
     unit = torch.finfo(random.dtype).eps * (1 if random.dtype in blocks.SIXTEEN_BIT else 8)
-    largest = 0.0
-    for index, (expected, actual) in enumerate(zip(*results, strict=True)):
+    differences = []
+    for what, expected, actual in zip(["results", *["gradients"] * len(leaves)], *results, strict=False):
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
             raise _Refused(f"it returns {expected.dtype} {tuple(expected.shape)} where the operator does not")
         size = expected.double().norm().item()
         if not 0 < size < float("inf"):
-            raise _Refused("its result on random input is zero or not finite, which proves nothing")
-        difference = (actual.double() - expected.double()).norm().item() / size
-        if not difference <= (1 if index == 0 else 4) * unit:
-            what = "results" if index == 0 else "gradients"
-            raise _Refused(f"it looks like one, but its {what} on random input differ by {difference:.1e}")
-        largest = max(largest, difference)
-    return largest
+            raise _Refused(f"its {what} on random input are zero or not finite, which proves nothing")
+        differences.append((actual.double() - expected.double()).norm().item() / size)
+        if not differences[-1] <= (1 if what == "results" else 4) * unit:
+            reason = f"it looks like one, but its {what} on random input differ by {differences[-1]:.1e}"
+            raise _Refused(reason, close=what == "gradients")
+    return differences[0]
 
 
 @contextlib.contextmanager
