@@ -10,10 +10,7 @@ from tests.reference.layer_norm import layer_norm as reference
 def normal(*shape, weight=True, bias=True, mean=0.0, **kwargs):
     def make(device, dtype):
         x = (torch.randn(shape, device=device) + mean).to(dtype)
-        affine = (
-            torch.randn(shape[-1], device=device, dtype=dtype) if wanted else None
-            for wanted in (weight, bias)
-        )
+        affine = [torch.randn(shape[-1], device=device, dtype=dtype) for _ in range(2)]
         return Inputs((x, affine[0] if weight else None, affine[1] if bias else None), kwargs)
 
     return make

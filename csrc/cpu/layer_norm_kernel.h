@@ -72,15 +72,7 @@ void layer_norm_backward_typed(const LayerNormBackward& args) {
       args.rows, args.row_blocks, cols, {partial_weight, partial_bias}, [&](int64_t row, int64_t block) {
         const T* dy_row = dy + row * args.dy_stride;
         const T* x_row = x + row * args.x_stride;
-        if (partial_bias != nullptr) {
-          A* sums = partial_bias + block * cols;
-          for_each_pack<T>(cols, [&](int64_t i, auto count) {
-            const auto sum = P::template load<A>(sums + i, count);
-            (sum + P::load(dy_row + i, count)).store_wide(sums + i, count);
-          });
-        }
-        if (dx == nullptr && partial_weight == nullptr) return;
-
+        A* bias_sums = partial_bias == nullptr ? nullptr : partial_bias + block * cols;
         const auto centers = P::fill(mean[row]);
         // m = dy * weight
         const auto scaled_gradient = [&](int64_t i, auto count) {
@@ -97,7 +89,12 @@ void layer_norm_backward_typed(const LayerNormBackward& args) {
           sum = sum + m;
           dot = multiply_add(m, difference, dot);
           differences = differences + difference;
+          if (bias_sums != nullptr) {
+            const auto partial = P::template load<A>(bias_sums + i, count);
+            (partial + P::load(dy_row + i, count)).store_wide(bias_sums + i, count);
+          }
         });
+        if (dx == nullptr && partial_weight == nullptr) return;
         const A correction = differences.sum() / size;
         const A mean_m = sum.sum() / size;
         const A mean_mn = rstd[row] * (dot.sum() / size - correction * mean_m);

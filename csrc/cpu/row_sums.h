@@ -25,11 +25,16 @@ template <typename A, typename W>
 inline void sum_row_blocks(const A* partial, int64_t row_blocks, int64_t cols, W* out) {
   if (out == nullptr) return;
   at::parallel_for(0, cols, row_grain(row_blocks), [&](int64_t begin, int64_t end) {
-    for (int64_t col = begin; col < end; ++col) {
-      A sum = 0;
-      for (int64_t block = 0; block < row_blocks; ++block) sum += partial[block * cols + col];
-      out[col] = static_cast<W>(sum);
-    }
+    for_each_pack<A>(end - begin, [&](int64_t i, auto count) {
+      const int64_t col = begin + i;
+      auto sum = Pack<A>::fill(0);
+      for (int64_t block = 0; block < row_blocks; ++block) {
+        sum = sum + Pack<A>::load(partial + block * cols + col, count);
+      }
+      A sums[Pack<A>::kSize];
+      sum.store(sums);
+      for (int64_t j = 0; j < count; ++j) out[col + j] = static_cast<W>(sums[j]);
+    });
   });
 }
 
