@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = module.__name__.rsplit(".", 1)[-1]
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
         command.add_argument("--json", action="store_true", help="print JSON in place of text")
+        if module is doctor:
+            doctor.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     return options.run(options)

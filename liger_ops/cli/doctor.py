@@ -57,8 +57,21 @@ class Case:
     constants: tuple[Shape, ...] = ()
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this command alone."""
+    parser.add_argument(
+        "--accuracy",
+        action="store_true",
+        help="compare the errors against float64 with those of transformers' eager code (needs transformers)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Run every check, print the results, and return 0 when all passed."""
+    if options.accuracy:
+        from liger_ops.cli import accuracy
+
+        return accuracy.run(options.json, _devices())
     results = list(checks())
     failed = [result for result in results if not result.ok]
     if options.json:
