@@ -8,7 +8,7 @@ from liger_ops.transformers import patch
 
 # The families whose forwards differ from each other's. Qwen2-VL's own vision tower breaks the graph: it asks
 # the images for their sizes.
-DIFFERENT = ("llama", "gemma2", "phi3", "mllama", "qwen2_vl")
+DIFFERENT = ("llama", "mixtral", "gemma2", "phi3", "mllama", "qwen2_vl")
 
 
 @pytest.fixture(autouse=True)

@@ -80,10 +80,11 @@ def test_bfloat16_training(family, device):
 
 
 def test_autocast(family, device):
+    """Against fp32 throughout: in the stock run a token of Mixtral's may go to another expert."""
     model, stock = pair(family, device)
     with torch.autocast(device, torch.bfloat16):
         loss, gradients = step(model, **batch(device, family=family))
-        stock_loss, stock_gradients = step(stock, **batch(device, family=family))
+    stock_loss, stock_gradients = step(stock, **batch(device, family=family))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, stock_loss, rtol=5e-3, atol=0)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -228,7 +229,7 @@ def test_export(family, device):
     model, _ = pair(family, device)
     ids = batch(device, family=family)["input_ids"]
     exported = torch.export.export(model.eval(), (), dict(input_ids=ids, use_cache=False), strict=False)
-    called = {str(node.target) for node in exported.graph.nodes if "liger" in str(node.target)}
+    called = {str(node.target) for node in exported.graph.nodes if str(node.target).startswith("liger.")}
     # Without images the vision tower does not run.
     assert called == {f"liger.{name}.default" for name, calls in CALLS[family].items() if calls} - {
         "liger.layer_norm.default"
