@@ -40,13 +40,12 @@ layer's own forward: replacing that switches gradient checkpointing off in newer
 which wrap it when the class is made, and would tie us to every version's layer. In your own model, call it |
 | cos and sin | computed once per forward for all layers, and small |
 | decoder layers, routers | transformers records their outputs by class |
-| a head that is more than a linear map (LoRA on it, hooks, an offloaded or quantised weight) | the fused loss
-\ reads its weight and would leave the rest out: it is called, and `liger::cross_entropy` takes the logits | |
-a `loss_function` of the user's | it is called, with logits |
+| a head that is more than a linear map (LoRA on it, hooks, an offloaded or quantised weight) | the fused \
+loss reads its weight and would leave the rest out: it is called, and `liger::cross_entropy` gets the logits |
+| a `loss_function` of the user's | it is called, with logits |
 
 The rotary functions are globals of the modeling module: until `undo()`, other models of the family run the
-operator too. It rounds once where the stock code rounds three times; apart from that the numbers are the
-same.
+operator too. It rounds once where the stock code rounds three times; otherwise the numbers are the same.
 """
 
 RECOGNITION = """\
@@ -54,9 +53,9 @@ RECOGNITION = """\
 
 `patch(model)` of a type without a record looks for norms (`rms_norm`, `layer_norm`), gated MLPs (`swiglu`,
 `geglu`, one projection or two) and rotary functions by their structure, in transformers' code and in a
-model's own. Each candidate runs beside its replacement on small random tensors, on the model's device, in its
-dtype, float32 and bfloat16, and is taken when results and gradients agree; parameters, gradients and random
-state stay as they were. The report lists what only looked alike, with the difference.
+model's own. Each candidate runs beside its replacement on small random tensors, on the model's device, norms
+and rotary functions in float32 and bfloat16 too, and is taken when results and gradients agree. Parameters,
+gradients and random state stay as they were. The report lists what only looked alike, with the difference.
 
 The head keeps its logits, since nobody has read it. When its loss is transformers' next-token loss, that
 becomes `liger::cross_entropy`, which makes no float32 copy of the logits.

@@ -31,7 +31,8 @@ def patch(
     Args:
         model: a model of a supported family. Wrappers of PEFT, ``torch.compile``, ``DataParallel`` and
             ``DistributedDataParallel`` are looked through. None patches the classes of the family
-            ``model_type`` instead, and with them every model of the process, built before or after.
+            ``model_type`` instead, and with them every model of the process, built before or after;
+            ``layer_norm``, whose class is torch's, reaches those built after, or is skipped.
         model_type: the ``config.model_type`` to patch for when ``model`` is None. With a model, its own is
             used, and one that differs is an error.
         strict: raise ValueError, and change nothing, when something asked for cannot be done.

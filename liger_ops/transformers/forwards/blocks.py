@@ -141,8 +141,8 @@ def packed_mlp(gate_up: str, down: str, act: str) -> Callable[[Forward], Forward
     return build
 
 
-# What transformers chooses by itself; any other implementation is somebody's wish.
-_STOCK_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+# What transformers chooses by itself, and ours; any other implementation is somebody's wish.
+_STOCK_EXPERTS = (None, "eager", "batched_mm", "grouped_mm", "liger_ops")
 
 
 def experts_obstacle(module: nn.Module) -> str | None:
