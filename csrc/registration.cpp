@@ -10,6 +10,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
+#include "ops/geglu.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
@@ -36,6 +37,17 @@ TORCH_LIBRARY(liger, m) {
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
+  // The same for the halves of gate_up's last dimension.
+  m.def("swiglu_packed(Tensor gate_up) -> Tensor", kTags);
+  m.def("swiglu_packed_backward(Tensor dout, Tensor gate_up) -> Tensor", kTags);
+
+  // gelu(gate) * up, contiguous.
+  m.def("geglu(Tensor gate, Tensor up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_backward(Tensor dout, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)",
+      kTags);
+  // The same for the halves of gate_up's last dimension.
+  m.def("geglu_packed(Tensor gate_up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_packed_backward(Tensor dout, Tensor gate_up, str approximate) -> Tensor", kTags);
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
   // z_loss is the part of loss that lse_square_scale adds. Only loss is differentiable.
@@ -95,6 +107,12 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rope_backward", liger::rope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
+  m.impl("swiglu_packed", liger::swiglu_packed_cpu);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cpu);
+  m.impl("geglu", liger::geglu_cpu);
+  m.impl("geglu_backward", liger::geglu_backward_cpu);
+  m.impl("geglu_packed", liger::geglu_packed_cpu);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cpu);
   m.impl("cross_entropy", liger::cross_entropy_cpu);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_cpu);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_cpu);
@@ -113,6 +131,12 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rope_backward", liger::rope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
+  m.impl("swiglu_packed", liger::swiglu_packed_cuda);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cuda);
+  m.impl("geglu", liger::geglu_cuda);
+  m.impl("geglu_backward", liger::geglu_backward_cuda);
+  m.impl("geglu_packed", liger::geglu_packed_cuda);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cuda);
   m.impl("cross_entropy", liger::cross_entropy_cuda);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_cuda);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_cuda);
@@ -131,6 +155,12 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rope_backward", liger::rope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
+  m.impl("swiglu_packed", liger::swiglu_packed_meta);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_meta);
+  m.impl("geglu", liger::geglu_meta);
+  m.impl("geglu_backward", liger::geglu_backward_meta);
+  m.impl("geglu_packed", liger::geglu_packed_meta);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_meta);
   m.impl("cross_entropy", liger::cross_entropy_meta);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
@@ -148,6 +178,12 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("swiglu_packed", liger::swiglu_packed_autograd);
+  m.impl("swiglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu", liger::geglu_autograd);
+  m.impl("geglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu_packed", liger::geglu_packed_autograd);
+  m.impl("geglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
@@ -169,6 +205,12 @@ void register_autocast(torch::Library& m) {
   m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
+  m.impl("swiglu_packed", liger::WithoutAutocast<liger::swiglu_packed>::call);
+  m.impl("swiglu_packed_backward", liger::WithoutAutocast<liger::swiglu_packed_backward>::call);
+  m.impl("geglu", liger::WithoutAutocast<liger::geglu>::call);
+  m.impl("geglu_backward", liger::WithoutAutocast<liger::geglu_backward>::call);
+  m.impl("geglu_packed", liger::WithoutAutocast<liger::geglu_packed>::call);
+  m.impl("geglu_packed_backward", liger::WithoutAutocast<liger::geglu_packed_backward>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
   m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
   m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);

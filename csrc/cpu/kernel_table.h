@@ -3,9 +3,9 @@
 #include "cpu/vec.h"
 
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/glu_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/rope_kernel.h"
-#include "cpu/swiglu_kernel.h"
 
 namespace liger::cpu {
 inline namespace CPU_CAPABILITY {
@@ -14,8 +14,8 @@ constexpr Kernels kKernelTable = {
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
     .rope = rope,
-    .swiglu_forward = swiglu_forward,
-    .swiglu_backward = swiglu_backward,
+    .glu_forward = glu_forward,
+    .glu_backward = glu_backward,
     .cross_entropy_forward = cross_entropy_forward,
     .cross_entropy_backward = cross_entropy_backward,
     .scale = scale,

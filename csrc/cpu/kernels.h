@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "ops/glu_rows.h"
+
 namespace liger::cpu {
 
 struct RmsNormForward {
@@ -54,17 +56,6 @@ struct Rope {
   bool inverse;                            // the transposed rotation, for backward
 };
 
-struct Swiglu {
-  at::ScalarType dtype;
-  const void* gate;  // [rows, cols], row stride gate_stride
-  const void* up;    // [rows, cols], row stride up_stride
-  const void* dout;  // backward: [rows, cols], row stride dout_stride
-  void* out;         // forward: [rows, cols] contiguous
-  void* dgate;       // backward: [rows, cols] contiguous
-  void* dup;         // backward: [rows, cols] contiguous
-  int64_t rows, cols, gate_stride, up_stride, dout_stride;
-};
-
 // Rows of logits; what the fields mean: ops/cross_entropy_rows.h. A is the accumulate type of dtype.
 struct CrossEntropy {
   at::ScalarType dtype;
@@ -98,8 +89,8 @@ struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
   void (*rope)(const Rope&);
-  void (*swiglu_forward)(const Swiglu&);
-  void (*swiglu_backward)(const Swiglu&);
+  void (*glu_forward)(const GluRows&, GluActivation);
+  void (*glu_backward)(const GluRows&, GluActivation);
   void (*cross_entropy_forward)(const CrossEntropy&);
   void (*cross_entropy_backward)(const CrossEntropy&);
   void (*scale)(const Scale&);

@@ -1,9 +1,7 @@
 #include "ops/swiglu.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "ops/checks.h"
 #include "ops/dispatch.h"
 
 namespace liger {
@@ -21,45 +19,51 @@ TensorPair swiglu_backward(const at::Tensor& dout, const at::Tensor& gate, const
   return op.call(dout, gate, up);
 }
 
-namespace {
-
-void check_gate_and_up(const char* op, const at::Tensor& gate, const at::Tensor& up) {
-  const Argument gate_arg{op, "gate", gate};
-  const Argument up_arg{op, "up", up};
-  check_floating(gate_arg);
-  check_dim_at_least(gate_arg, 1);
-  check_same_device(up_arg, gate_arg);
-  check_same_dtype(up_arg, gate_arg);
-  check_same_shape(up_arg, gate_arg);
+at::Tensor swiglu_packed(const at::Tensor& gate_up) {
+  static const auto op = find_operator("liger::swiglu_packed", swiglu_packed);
+  return op.call(gate_up);
 }
 
-}  // namespace
+at::Tensor swiglu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up) {
+  static const auto op = find_operator("liger::swiglu_packed_backward", swiglu_packed_backward);
+  return op.call(dout, gate_up);
+}
 
-void check_swiglu(const at::Tensor& gate, const at::Tensor& up) { check_gate_and_up("swiglu", gate, up); }
+void check_swiglu(const at::Tensor& gate, const at::Tensor& up) { check_glu("swiglu", gate, up); }
 
 void check_swiglu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
-  constexpr auto op = "swiglu_backward";
-  check_gate_and_up(op, gate, up);
-  const Argument dout_arg{op, "dout", dout};
-  const Argument gate_arg{op, "gate", gate};
-  check_same_device(dout_arg, gate_arg);
-  check_same_dtype(dout_arg, gate_arg);
-  check_same_shape(dout_arg, gate_arg);
+  check_glu_backward("swiglu_backward", dout, gate, up);
+}
+
+void check_swiglu_packed(const at::Tensor& gate_up) { check_glu_packed("swiglu_packed", gate_up); }
+
+void check_swiglu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up) {
+  check_glu_packed_backward("swiglu_packed_backward", dout, gate_up);
 }
 
 at::Tensor swiglu_meta(const at::Tensor& gate, const at::Tensor& up) {
   check_swiglu(gate, up);
-  return at::empty_symint(gate.sym_sizes(), gate.options());
+  return empty_glu(gate);
 }
 
 TensorPair swiglu_backward_meta(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
   check_swiglu_backward(dout, gate, up);
-  return {
-      at::empty_symint(gate.sym_sizes(), gate.options()), at::empty_symint(gate.sym_sizes(), gate.options())};
+  return empty_glu_gradients(gate);
+}
+
+at::Tensor swiglu_packed_meta(const at::Tensor& gate_up) {
+  check_swiglu_packed(gate_up);
+  return empty_glu_packed(gate_up);
+}
+
+at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor& gate_up) {
+  check_swiglu_packed_backward(dout, gate_up);
+  return empty_glu_packed_gradient(gate_up);
 }
 
 namespace {
 
+// With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
 class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
  public:
   static constexpr bool is_traceable = true;
@@ -71,7 +75,6 @@ class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
     return {swiglu(gate, up)};
   }
 
-  // With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(2);
     if (!grads[0].defined()) return result;
@@ -83,10 +86,31 @@ class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
   }
 };
 
+class SwigluPackedFunction : public torch::autograd::Function<SwigluPackedFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& gate_up) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->save_for_backward({gate_up});
+    ctx->set_materialize_grads(false);
+    return {swiglu_packed(gate_up)};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {at::Tensor()};
+    return {swiglu_packed_backward(grads[0], ctx->get_saved_variables()[0])};
+  }
+};
+
 }  // namespace
 
 at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
   return SwigluFunction::apply(gate, up)[0];
+}
+
+at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up) {
+  return SwigluPackedFunction::apply(gate_up)[0];
 }
 
 }  // namespace liger
