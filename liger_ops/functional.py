@@ -20,6 +20,9 @@ load()
 _rms_norm = torch.ops.liger.rms_norm.default
 _rope = torch.ops.liger.rope.default
 _swiglu = torch.ops.liger.swiglu.default
+_swiglu_packed = torch.ops.liger.swiglu_packed.default
+_geglu = torch.ops.liger.geglu.default
+_geglu_packed = torch.ops.liger.geglu_packed.default
 _cross_entropy = torch.ops.liger.cross_entropy.default
 _fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
 
@@ -95,6 +98,64 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: shapes or devices differ.
     """
     return _swiglu(gate, up)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    r"""`swiglu` of the halves of one buffer: `silu(gate) * up` with `gate, up = gate_up.chunk(2, dim=-1)`.
+
+    For a projection that yields gate and up at once (Phi-3, experts of a mixture). The halves are read in
+    place, and the gradient is one buffer: nothing is split or concatenated.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`, gate first.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd.
+    """
+    return _swiglu_packed(gate_up)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""The GeGLU gate `gelu(gate) * up` (Shazeer, arXiv:2002.05202; GELU: Hendrycks and Gimpel, 1606.08415).
+
+    The activation is rounded to the dtype before the product, as Hugging Face's eager MLP does.
+
+    Args:
+        gate: `[..., intermediate]`. Slices of a wider buffer are read in place.
+        up: as gate, same shape and dtype.
+        approximate: as in `torch.nn.functional.gelu`. `"tanh"` is Hugging Face's `gelu_pytorch_tanh`,
+            `0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))`; `"none"` is its `gelu`,
+            `0.5 g (1 + erf(g / sqrt(2)))`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: a dtype is not supported, or up's differs from gate's.
+        ValueError: shapes or devices differ, or approximate is unknown.
+    """
+    return _geglu(gate, up, approximate)
+
+
+def geglu_packed(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""`geglu` of the halves of one buffer: `gelu(gate) * up` with `gate, up = gate_up.chunk(2, dim=-1)`.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`, gate first. Read in place; its gradient is one buffer.
+        approximate: `"tanh"` or `"none"`, as in `geglu`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd, or approximate is unknown.
+    """
+    return _geglu_packed(gate_up, approximate)
 
 
 def cross_entropy(

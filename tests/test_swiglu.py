@@ -1,76 +1,34 @@
 import pytest
 import torch
 
-from liger_ops.functional import swiglu
-from tests.contract import BadCall, Case, Inputs, OperatorContract
-from tests.reference.swiglu import swiglu as reference
-
-
-def pair(*shape):
-    return lambda device, dtype: Inputs(
-        tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-    )
-
-
-def halves_of_one_buffer(device, dtype):
-    return Inputs(torch.randn(3, 4, 48, device=device, dtype=dtype).chunk(2, dim=-1))
-
-
-def misaligned(device, dtype):
-    """Rows that start at odd elements: no 16-byte access fits."""
-    return Inputs(tuple(torch.randn(6, 65, device=device, dtype=dtype)[:, 1:] for _ in range(2)))
-
-
-def transposed(device, dtype):
-    return Inputs(tuple(torch.randn(8, 6, device=device, dtype=dtype).t() for _ in range(2)))
+from liger_ops.functional import swiglu, swiglu_packed
+from tests.contract import OperatorContract
+from tests.glu_cases import (
+    large_packed,
+    large_pair,
+    packed_bad_calls,
+    packed_cases,
+    pair_bad_calls,
+    pair_cases,
+)
+from tests.reference import swiglu as reference
 
 
 class TestSwiglu(OperatorContract):
     function = staticmethod(swiglu)
-    reference = staticmethod(reference)
+    reference = staticmethod(reference.swiglu)
     differentiable = (0, 1)
-    cases = [
-        Case("contiguous", pair(3, 5, 64)),
-        Case("odd width", pair(4, 37)),
-        Case("one element", pair(1)),
-        Case("no rows", pair(0, 16)),
-        Case("halves of one buffer", halves_of_one_buffer),
-        Case("misaligned rows", misaligned),
-        Case("transposed", transposed),
-        Case("many rows", pair(129, 1000), small=False),
-    ]
-    bad_calls = [
-        BadCall(
-            "shape",
-            lambda d: Inputs((torch.ones(2, 4, device=d), torch.ones(2, 3, device=d))),
-            ValueError,
-            r"liger::swiglu: up must have shape \[2, 4\] \(shape of gate\), got \[2, 3\]",
-        ),
-        BadCall(
-            "dtype",
-            lambda d: Inputs((torch.ones(4, device=d), torch.ones(4, device=d).double())),
-            TypeError,
-            r"liger::swiglu: up must have dtype float32 \(dtype of gate\), got float64",
-        ),
-        BadCall(
-            "integers",
-            lambda d: Inputs((torch.ones(4, device=d).long(),) * 2),
-            TypeError,
-            r"liger::swiglu: gate must be float64, float32, bfloat16 or float16, got int64",
-        ),
-        BadCall(
-            "0-d",
-            lambda d: Inputs((torch.ones((), device=d),) * 2),
-            ValueError,
-            r"liger::swiglu: gate must have at least 1 dimension, got shape \[\]",
-        ),
-    ]
+    cases = pair_cases()
+    bad_calls = pair_bad_calls("swiglu")
+    make_large = staticmethod(large_pair)
 
-    def make_large(self):
-        rows, cols = 2**17 + 3, 2**14
-        args = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        small = [a[-3:].clone().requires_grad_() for a in args]
-        return Inputs(tuple(a.requires_grad_() for a in args)), Inputs(tuple(small)), lambda t: t[-3:]
+
+class TestSwigluPacked(OperatorContract):
+    function = staticmethod(swiglu_packed)
+    reference = staticmethod(reference.swiglu_packed)
+    cases = packed_cases()
+    bad_calls = packed_bad_calls("swiglu_packed")
+    make_large = staticmethod(large_packed)
 
 
 @pytest.mark.parametrize("value", [-1e4, -90.0, 90.0, 1e4])
@@ -85,3 +43,24 @@ def test_saturated_gate(device, value):
         torch.testing.assert_close(out, torch.full_like(out, expected))
         torch.testing.assert_close(gate.grad, torch.full_like(gate, float(value > 0)))
         torch.testing.assert_close(up.grad, torch.full_like(gate, expected))
+
+
+def test_layouts_agree_bitwise(device):
+    gate_up = torch.randn(9, 2 * 40, device=device, dtype=torch.bfloat16, requires_grad=True)
+    gate, up = (half.clone().detach().requires_grad_() for half in gate_up.chunk(2, dim=-1))
+    out, separate = swiglu_packed(gate_up), swiglu(gate, up)
+    assert torch.equal(out, separate)
+    out.backward(out.detach())
+    separate.backward(out.detach())
+    assert torch.equal(gate_up.grad, torch.cat([gate.grad, up.grad], dim=-1))
+
+
+def test_backward_operator_checks_its_gradient(device):
+    for backend in (device, "meta"):
+        dout, gate_up = torch.ones(2, 4, device=backend), torch.ones(2, 6, device=backend)
+        message = (
+            r"liger::swiglu_packed_backward: dout must have shape \[2, 3\] "
+            r"\(shape of one half of gate_up\), got \[2, 4\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            torch.ops.liger.swiglu_packed_backward(dout, gate_up)

@@ -38,7 +38,7 @@ inline V distribution(const V& x, const V& tail) {
 struct GeluTanh {
   // 2 sqrt(2 / pi), and 0.044715 times that.
   static constexpr double kLinear = 1.5957691216057308;
-  static constexpr double kCubic = 0.07135481282552026;
+  static constexpr double kCubic = 0.044715 * kLinear;
 
   template <typename V>
   static V tail(const V& x) {

@@ -68,7 +68,7 @@ __device__ __forceinline__ A distribution(A x, A tail) {
 struct GeluTanh {
   // 2 sqrt(2 / pi), and 0.044715 times that.
   static constexpr double kLinear = 1.5957691216057308;
-  static constexpr double kCubic = 0.07135481282552026;
+  static constexpr double kCubic = 0.044715 * kLinear;
 
   template <typename T>
   __device__ __forceinline__ static Accumulate<T> tail(Accumulate<T> x) {

@@ -9,14 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from liger_ops.nn import (
+    LigerBlockSparseTop2MLP,
     LigerCrossEntropyLoss,
+    LigerExperts,
     LigerFusedLinearCrossEntropyLoss,
+    LigerGEGLUMLP,
+    LigerPhi3SwiGLUMLP,
     LigerRMSNorm,
     LigerSwiGLUMLP,
 )
 from liger_ops.transformers.functional import (
     liger_cross_entropy,
     liger_fused_linear_cross_entropy,
+    liger_geglu,
     liger_rms_norm,
     liger_rope,
     liger_rotary_pos_emb,
@@ -26,6 +31,7 @@ from liger_ops.transformers.functional import (
 if TYPE_CHECKING:
     from liger_ops.transformers.apply import MODEL_TYPE_TO_APPLY_LIGER_FN, apply_liger_kernel_to_llama
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_ops.transformers.experts import register_experts
     from liger_ops.transformers.patching import patch, patched
     from liger_ops.transformers.report import PatchReport
     from liger_ops.transformers.trainer import install, uninstall
@@ -33,8 +39,12 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_TYPE_TO_APPLY_LIGER_FN",
     "AutoLigerKernelForCausalLM",
+    "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
+    "LigerExperts",
     "LigerFusedLinearCrossEntropyLoss",
+    "LigerGEGLUMLP",
+    "LigerPhi3SwiGLUMLP",
     "LigerRMSNorm",
     "LigerSwiGLUMLP",
     "PatchReport",
@@ -42,12 +52,14 @@ __all__ = [
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_geglu",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
     "liger_swiglu",
     "patch",
     "patched",
+    "register_experts",
     "uninstall",
 ]
 
@@ -61,6 +73,7 @@ _LAZY = {
     "install": "trainer",
     "patch": "patching",
     "patched": "patching",
+    "register_experts": "experts",
     "uninstall": "trainer",
 }
 

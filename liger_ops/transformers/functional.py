@@ -10,6 +10,7 @@ from liger_ops.nn._loss_options import refuse
 __all__ = [
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_geglu",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
@@ -59,6 +60,11 @@ liger_rotary_pos_emb = liger_rope
 def liger_swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``silu(a) · b``."""
     return LF.swiglu(a, b)
+
+
+def liger_geglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``gelu(a) · b`` with the tanh approximation of GELU, as in Liger."""
+    return LF.geglu(a, b, "tanh")
 
 
 def liger_cross_entropy(
