@@ -31,18 +31,20 @@ def transposed(device, dtype, **options):
 
 
 def pair_cases(**options):
+    """`options` go to the operator. The first two cases do for a second activation over the same layouts."""
+
     def of(make, *args):
         return functools.partial(make, *args, **options)
 
     return [
         Case("contiguous", pair(3, 5, 64, **options)),
         Case("odd width", pair(4, 37, **options)),
-        Case("one element", pair(1, **options)),
+        Case("one element", pair(1, **options), small=False),
         Case("no rows", pair(0, 16, **options)),
-        Case("no columns", pair(3, 0, **options)),
+        Case("no columns", pair(3, 0, **options), small=False),
         Case("halves of one buffer", of(halves_of_one_buffer)),
-        Case("rows at odd elements", of(shifted, 64, 1)),
-        Case("rows at every second element", of(shifted, 34, 2)),
+        Case("rows at odd elements", of(shifted, 64, 1), small=False),
+        Case("rows at every second element", of(shifted, 34, 2), small=False),
         Case("rows at every fourth element", of(shifted, 36, 4), small=False),
         Case("transposed", of(transposed)),
         Case("many rows", pair(129, 1000, **options), small=False),
@@ -62,17 +64,18 @@ def packed_transposed(device, dtype, **options):
 
 
 def packed_cases(**options):
+    """As `pair_cases`."""
     return [
         Case("contiguous", packed(3, 5, 64, **options)),
         Case("halves of odd width", packed(7, 2 * 37, **options)),
-        Case("halves of width 2 mod 4", packed(6, 2 * 34, **options)),
+        Case("halves of width 2 mod 4", packed(6, 2 * 34, **options), small=False),
         Case("halves of width 4 mod 8", packed(6, 2 * 36, **options), small=False),
         Case("one row", packed(2 * 24, **options)),
-        Case("one element", packed(2, **options)),
+        Case("one element", packed(2, **options), small=False),
         Case("no rows", packed(0, 16, **options)),
-        Case("no columns", packed(3, 0, **options)),
+        Case("no columns", packed(3, 0, **options), small=False),
         Case("rows of a wider buffer", lambda d, t: packed_rows_of_a_wider_buffer(d, t, **options)),
-        Case("transposed", lambda d, t: packed_transposed(d, t, **options)),
+        Case("transposed", lambda d, t: packed_transposed(d, t, **options), small=False),
         Case("narrow rows", packed(1025, 2 * 24, **options), small=False),
         Case("many rows", packed(129, 2 * 1000, **options), small=False),
     ]
