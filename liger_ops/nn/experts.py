@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import liger_ops.functional as LF
 from liger_ops.nn._grouped_linear import grouped_linear
 from liger_ops.nn.swiglu import check_silu
-
-Tensor = torch.Tensor
 
 
 class _Dispatch(torch.autograd.Function):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import activations
 from transformers.integrations import moe
 
 import liger_ops.functional as LF
 from liger_ops.nn.experts import mixture_of_experts
-
-Tensor = torch.Tensor
 
 NAME = "liger_ops"
 

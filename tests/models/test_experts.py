@@ -297,6 +297,23 @@ def test_grouped_product_opcheck(device):
     assert not grouped_linear(x, weight, ends)[5:].any()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torchs_grouped_product(compiled, monkeypatch):
+    """The path of the GPUs that have a kernel for it, with the CPU's implementation of the same function."""
+    monkeypatch.setattr("liger_ops.nn._grouped_linear._has_grouped_kernel", lambda x, weight: True)
+    module = experts(dtype=torch.bfloat16)
+    x, index, weights = routing(65, dtype=torch.bfloat16)
+    index[::4, 1] = EXPERTS
+    torch.compiler.reset()
+    function = (
+        torch.compile(experts_forward, fullgraph=True, backend="aot_eager") if compiled else experts_forward
+    )
+    actual = run(function, module, x, index, weights)
+    monkeypatch.undo()
+    for a, b in zip(actual, run(experts_forward, module, x, index, weights), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10),
