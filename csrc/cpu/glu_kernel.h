@@ -1,11 +1,13 @@
 // Included once per instruction set; see kernels.h. Formulas: ops/swiglu.h, ops/geglu.h.
 
 #include "ops/glu_rows.h"
+#include "ops/normal_tail.h"
 
 namespace liger::cpu {
 inline namespace CPU_CAPABILITY {
 
-// Activations on vectors of the accumulate type: the value, and for backward the value and the derivative.
+// Activations on vectors of the accumulate type of T: the value, and for backward the value and the
+// derivative.
 
 struct Silu {
   template <typename V>
@@ -14,12 +16,12 @@ struct Silu {
     return one / (one + x.neg().exp());
   }
 
-  template <typename V>
+  template <typename T, typename V>
   static V value(const V& x) {
     return x * sigmoid(x);
   }
 
-  template <typename V>
+  template <typename T, typename V>
   static void value_and_slope(const V& x, V& value, V& slope) {
     const V s = sigmoid(x);
     value = x * s;
@@ -47,12 +49,12 @@ struct GeluTanh {
     return e / (V(1) + e);
   }
 
-  template <typename V>
+  template <typename T, typename V>
   static V value(const V& x) {
     return x * distribution(x, tail(x));
   }
 
-  template <typename V>
+  template <typename T, typename V>
   static void value_and_slope(const V& x, V& value, V& slope) {
     const V t = tail(x);
     const V phi = distribution(x, t);
@@ -69,21 +71,31 @@ struct GeluErf {
   static constexpr double kInvSqrtTwoPi = 0.3989422804014327;
 
   template <typename V>
-  static V phi(const V& x) {
-    return distribution(x, V(0.5) * (x.abs() * V(kSqrtHalf)).erfc());
+  static V bell(const V& x) {
+    return (x * x * V(-0.5)).exp();
   }
 
-  template <typename V>
+  // Phi(-|x|); `bell` is a function so that erfc, which does without, does not pay for it.
+  template <typename T, typename V, typename Bell>
+  static V tail(const V& x, const Bell& bell) {
+    if constexpr (sizeof(T) == 2) {
+      return bell() * normal_tail_polynomial(V(1) / (V(1) + V(kNormalTailScale) * x.abs()));
+    } else {
+      return V(0.5) * (x.abs() * V(kSqrtHalf)).erfc();
+    }
+  }
+
+  template <typename T, typename V>
   static V value(const V& x) {
-    return x * phi(x);
+    return x * distribution(x, tail<T>(x, [&] { return bell(x); }));
   }
 
-  template <typename V>
+  template <typename T, typename V>
   static void value_and_slope(const V& x, V& value, V& slope) {
-    const V p = phi(x);
-    const V density = V(kInvSqrtTwoPi) * (x * x * V(-0.5)).exp();
-    value = x * p;
-    slope = p + x * density;
+    const V b = bell(x);
+    const V phi = distribution(x, tail<T>(x, [&] { return b; }));
+    value = x * phi;
+    slope = phi + x * (V(kInvSqrtTwoPi) * b);
   }
 };
 
@@ -122,7 +134,8 @@ inline void glu_forward(const GluRows& args, GluActivation activation) {
         const T* up = static_cast<const T*>(args.up) + row * args.up_stride + begin;
         T* out = static_cast<T*>(args.out) + row * args.cols + begin;
         for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
-          const auto value = map<T>([&](auto x) { return act.value(x); }, P::load(gate + i, count));
+          const auto value =
+              map<T>([&](auto x) { return act.template value<T>(x); }, P::load(gate + i, count));
           (value.rounded() * P::load(up + i, count)).store(out + i, count);
         });
       });
@@ -145,7 +158,8 @@ inline void glu_backward(const GluRows& args, GluActivation activation) {
           const auto g = P::load(gate + i, count);
           const auto d = P::load(dout + i, count);
           P value, slope;
-          for (int k = 0; k < P::kVectors; ++k) act.value_and_slope(g.v[k], value.v[k], slope.v[k]);
+          for (int k = 0; k < P::kVectors; ++k)
+            act.template value_and_slope<T>(g.v[k], value.v[k], slope.v[k]);
           (d * value).store(dup + i, count);
           (d * P::load(up + i, count) * slope).store(dgate + i, count);
         });
