@@ -163,14 +163,27 @@ def rope(p: Problem) -> Case:
     )
 
 
-def swiglu(p: Problem) -> Case:
+def gated_unit(op: str, p: Problem, packed: bool = False) -> Case:
     g = p.generator()
     m, i, e = p.tokens, p.shape.intermediate, p.dtype.itemsize
-    gate, up, upstream = (p.normal(m, i, generator=g) for _ in range(3))
+    widths = [2 * i] if packed else [i, i]
+    arguments = [p.normal(m, width, generator=g) for width in widths]
+    upstream = [p.normal(m, i, generator=g)]
     forward, backward = Floor(moved=3 * m * i * e), Floor(moved=5 * m * i * e)
-    return Case(
-        "swiglu", [gate, up], (True, True), [upstream], forward, backward, forward + backward, is_loss=False
-    )
+    flags = (True,) * len(arguments)
+    return Case(op, arguments, flags, upstream, forward, backward, forward + backward, is_loss=False)
+
+
+def swiglu(p: Problem) -> Case:
+    return gated_unit("swiglu", p)
+
+
+def swiglu_packed(p: Problem) -> Case:
+    return gated_unit("swiglu_packed", p, packed=True)
+
+
+def geglu(p: Problem) -> Case:
+    return gated_unit("geglu", p)
 
 
 def targets(p: Problem, generator: torch.Generator) -> torch.Tensor:
@@ -224,6 +237,8 @@ OPS: dict[str, Callable[[Problem], Case]] = {
         layer_norm,
         rope,
         swiglu,
+        swiglu_packed,
+        geglu,
         cross_entropy,
         fused_linear_cross_entropy,
     )
@@ -232,7 +247,7 @@ OPS: dict[str, Callable[[Problem], Case]] = {
 
 def reference(case: Case) -> tuple[Tensors, Tensors]:
     """Outputs and gradients of the tests' plain PyTorch, in fp64 (fp32 for 16-bit cases, which it dwarfs)."""
-    function = getattr(importlib.import_module(f"tests.reference.{case.op}"), case.op)
+    function = getattr(importlib.import_module(f"tests.reference.{case.op.removesuffix('_packed')}"), case.op)
     wide = torch.float64 if case.arguments[0].dtype.itemsize >= 4 else torch.float32
 
     def widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,13 @@ def torch_eager(device: torch.device) -> Functions:
     def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
 
+    def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * F.silu(gate)  # as Phi3MLP writes it
+
+    def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate="tanh") * up
+
     def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return ForCausalLMLoss(logits, labels=None, shift_labels=target, vocab_size=logits.shape[-1])
 
@@ -63,6 +70,8 @@ def torch_eager(device: torch.device) -> Functions:
         "layer_norm": layer_norm,
         "rope": apply_rotary_pos_emb,
         "swiglu": swiglu,
+        "swiglu_packed": swiglu_packed,
+        "geglu": geglu,
         "cross_entropy": cross_entropy,
         "fused_linear_cross_entropy": fused_linear_cross_entropy,
     }
@@ -91,12 +100,17 @@ def liger_triton(device: torch.device) -> Functions:
     def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return liger.liger_layer_norm(x, weight, bias, NORM_EPS)
 
+    def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
+        return liger.liger_swiglu(*gate_up.chunk(2, dim=-1))  # as LigerPhi3SwiGLUMLP calls it
+
     return {
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
         "layer_norm": layer_norm,
         "rope": liger.liger_rope,
         "swiglu": liger.liger_swiglu,
+        "swiglu_packed": swiglu_packed,
+        "geglu": liger.liger_geglu,
         "cross_entropy": liger.liger_cross_entropy,
         "fused_linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
     }
@@ -124,6 +138,8 @@ def liger_ops(device: torch.device) -> Functions:
         "layer_norm": layer_norm,
         "rope": ours.rope,
         "swiglu": ours.swiglu,
+        "swiglu_packed": ours.swiglu_packed,
+        "geglu": ours.geglu,
         "cross_entropy": ours.cross_entropy,
         "fused_linear_cross_entropy": ours.fused_linear_cross_entropy,
     }

@@ -13,10 +13,11 @@
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
 #include "ops/fused_linear_cross_entropy_chunks.h"
-#include "ops/glu.h"
+#include "ops/geglu.h"
 #include "ops/layer_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
+#include "ops/swiglu.h"
 
 namespace {
 const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag};

@@ -51,6 +51,10 @@ def test_swiglu(x):
     torch.testing.assert_close(lf.liger_swiglu(x, 2 * x), F.silu(x) * 2 * x)
 
 
+def test_geglu(x):
+    torch.testing.assert_close(lf.liger_geglu(x, 2 * x), F.gelu(x, approximate="tanh") * 2 * x)
+
+
 def rotated(x, cos, sin):
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]

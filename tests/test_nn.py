@@ -9,10 +9,13 @@ from torch import nn
 
 from liger_ops.functional import CrossEntropyOutput
 from liger_ops.nn import (
+    LigerBlockSparseTop2MLP,
     LigerCrossEntropyLoss,
     LigerFusedAddRMSNorm,
     LigerFusedLinearCrossEntropyLoss,
+    LigerGEGLUMLP,
     LigerLayerNorm,
+    LigerPhi3SwiGLUMLP,
     LigerRMSNorm,
     LigerRMSNormForGemma,
     LigerRMSNormForGemma2,
@@ -146,6 +149,56 @@ def test_swiglu_mlp_size_and_activation():
     config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="config.hidden_act is 'gelu'"):
         LigerSwiGLUMLP(config)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "activation, approximate", [("gelu", "none"), ("gelu_pytorch_tanh", "tanh"), ("gelu_new", "tanh")]
+)
+def test_geglu_mlp(device, activation, approximate, bias):
+    config = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=32, hidden_act=activation, mlp_bias=bias)
+    module = LigerGEGLUMLP(config).to(device)
+    assert (module.gate_proj.bias is not None) == bias
+    x = random(2, ROWS, HIDDEN, device=device)
+    gate = F.gelu(module.gate_proj(x), approximate=approximate)
+    compare(module(x), module.down_proj(gate * module.up_proj(x)), [x, *module.parameters()])
+
+
+def test_geglu_mlp_activation():
+    config = SimpleNamespace(
+        hidden_size=HIDDEN, intermediate_size=32, hidden_activation="gelu", hidden_act="silu"
+    )
+    assert LigerGEGLUMLP(config).approximate == "none"
+    config.hidden_activation = None
+    with pytest.raises(ValueError, match="the configuration's activation is 'silu'"):
+        LigerGEGLUMLP(config)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_phi3_mlp(device, bias):
+    config = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=33, hidden_act="silu", mlp_bias=bias)
+    module = LigerPhi3SwiGLUMLP(config).to(device)
+    parts = ["weight", "bias"] if bias else ["weight"]
+    names = [f"{layer}.{part}" for layer in ("gate_up_proj", "down_proj") for part in parts]
+    assert list(module.state_dict()) == names
+    x = random(2, ROWS, HIDDEN, device=device)
+    gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    compare(module(x), module.down_proj(F.silu(gate) * up), [x, *module.parameters()])
+
+
+def test_block_sparse_top2_mlp(device):
+    config = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=32, hidden_act="silu")
+    module = LigerBlockSparseTop2MLP(config).to(device)
+    assert list(module.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
+    x = random(2, ROWS, HIDDEN, device=device)
+    compare(module(x), module.w2(F.silu(module.w1(x)) * module.w3(x)), [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("kind", [LigerPhi3SwiGLUMLP, LigerBlockSparseTop2MLP])
+def test_swiglu_modules_refuse_other_activations(kind):
+    config = SimpleNamespace(hidden_size=HIDDEN, intermediate_size=32, hidden_act="gelu")
+    with pytest.raises(ValueError, match=f"{kind.__name__} computes silu.* is 'gelu'"):
+        kind(config)
 
 
 LOSS_OPTIONS = [

@@ -1,60 +1,115 @@
-// Included once per instruction set; see kernels.h. Formulas: ops/glu.h.
+// Included once per instruction set; see kernels.h. Formulas: ops/swiglu.h, ops/geglu.h.
+
+#include "ops/glu_rows.h"
+#include "ops/normal_tail.h"
 
 namespace liger::cpu {
 inline namespace CPU_CAPABILITY {
 
-// value(x) is act(x); value_and_slope(x) is {act(x), act'(x)}.
-template <typename T>
+// Activations on vectors of the accumulate type of T: the value, and for backward the value and the
+// derivative.
+
 struct Silu {
-  using V = Vectorized<Accumulate<T>>;
+  template <typename V>
+  static V sigmoid(const V& x) {
+    const V one(1);
+    return one / (one + x.neg().exp());
+  }
 
-  static V value(V x) { return x / (V(1) + x.neg().exp()); }
+  template <typename T, typename V>
+  static V value(const V& x) {
+    return x * sigmoid(x);
+  }
 
-  static std::pair<V, V> value_and_slope(V x) {
-    const V s = V(1) / (V(1) + x.neg().exp());
-    const V silu = x * s;
-    return {silu, s + silu * (V(1) - s)};
+  template <typename T, typename V>
+  static void value_and_slope(const V& x, V& value, V& slope) {
+    const V s = sigmoid(x);
+    value = x * s;
+    slope = s + value * (V(1) - s);
   }
 };
 
-// (1 + tanh(u)) / 2 is sigmoid(2u), which keeps its digits where it is small.
-template <typename T>
+// A distribution function and its complement: with `tail` the smaller of the two, Phi(x) is tail left of 0
+// and 1 - tail right of it.
+template <typename V>
+inline V distribution(const V& x, const V& tail) {
+  return V::blendv(V(1) - tail, tail, x < V(0));
+}
+
+// Phi(x) = sigmoid(2 u), and with e = exp(-2 |u|):  Phi(-|x|) = e / (1 + e),  Phi' = Phi (1 - Phi) 2 u'.
 struct GeluTanh {
-  using A = Accumulate<T>;
-  using V = Vectorized<A>;
-  static constexpr A kCubic = 0.044715;
+  // 2 sqrt(2 / pi), and 0.044715 times that.
+  static constexpr double kLinear = 1.5957691216057308;
+  static constexpr double kCubic = 0.044715 * kLinear;
 
-  // Beyond 30 the sigmoid is 0 or 1, and x^3 could overflow.
-  static V clamped(V x) { return at::vec::clamp(x, V(-30), V(30)); }
-
-  static V sigmoid_of_2u(V x) {
-    const V scale(2 * std::sqrt(2 / M_PI));
-    return V(1) / (V(1) + (scale * x * (V(1) + V(kCubic) * x * x)).neg().exp());
+  template <typename V>
+  static V tail(const V& x) {
+    const V size = x.abs();
+    const V e = (size * (V(kLinear) + V(kCubic) * size * size)).neg().exp();
+    return e / (V(1) + e);
   }
 
-  static V value(V x) { return x * sigmoid_of_2u(clamped(x)); }
+  template <typename T, typename V>
+  static V value(const V& x) {
+    return x * distribution(x, tail(x));
+  }
 
-  static std::pair<V, V> value_and_slope(V x) {
-    const V bounded = clamped(x), s = sigmoid_of_2u(bounded);
-    const V slope_of_2u = V(2 * std::sqrt(2 / M_PI)) * (V(1) + V(3 * kCubic) * bounded * bounded);
-    return {x * s, s + bounded * s * (V(1) - s) * slope_of_2u};
+  template <typename T, typename V>
+  static void value_and_slope(const V& x, V& value, V& slope) {
+    const V t = tail(x);
+    const V phi = distribution(x, t);
+    // The tail is 0 long before this bound, beyond which u' could overflow and 0 * infinity is no slope.
+    const V bounded = at::vec::clamp(x, V(-64), V(64));
+    const V inner_slope = V(kLinear) + V(3 * kCubic) * bounded * bounded;
+    value = x * phi;
+    slope = phi + bounded * inner_slope * (t * (V(1) - t));
+  }
+};
+
+struct GeluErf {
+  static constexpr double kSqrtHalf = 0.7071067811865476;
+  static constexpr double kInvSqrtTwoPi = 0.3989422804014327;
+
+  template <typename V>
+  static V bell(const V& x) {
+    return (x * x * V(-0.5)).exp();
+  }
+
+  // Phi(-|x|); `bell` is a function so that erfc, which does without, does not pay for it.
+  template <typename T, typename V, typename Bell>
+  static V tail(const V& x, const Bell& bell) {
+    if constexpr (sizeof(T) == 2) {
+      return bell() * normal_tail_polynomial(V(1) / (V(1) + V(kNormalTailScale) * x.abs()));
+    } else {
+      return V(0.5) * (x.abs() * V(kSqrtHalf)).erfc();
+    }
+  }
+
+  template <typename T, typename V>
+  static V value(const V& x) {
+    return x * distribution(x, tail<T>(x, [&] { return bell(x); }));
+  }
+
+  template <typename T, typename V>
+  static void value_and_slope(const V& x, V& value, V& slope) {
+    const V b = bell(x);
+    const V phi = distribution(x, tail<T>(x, [&] { return b; }));
+    value = x * phi;
+    slope = phi + x * (V(kInvSqrtTwoPi) * b);
   }
 };
 
-template <typename T>
-struct Gelu {
-  using V = Vectorized<Accumulate<T>>;
-
-  static V phi(V x) { return V(0.5) * (x * V(-M_SQRT1_2)).erfc(); }
-
-  static V value(V x) { return x * phi(x); }
-
-  static std::pair<V, V> value_and_slope(V x) {
-    const V p = phi(x);
-    const V density = V(M_2_SQRTPI * M_SQRT1_2 / 2) * (V(-0.5) * x * x).exp();
-    return {x * p, p + x * density};
+template <typename F>
+inline void dispatch_activation(GluActivation activation, const F& f) {
+  switch (activation) {
+    case GluActivation::kSilu:
+      return f(Silu{});
+    case GluActivation::kGeluTanh:
+      return f(GeluTanh{});
+    case GluActivation::kGeluErf:
+      return f(GeluErf{});
   }
-};
+}
 
 // body(row, begin, end) over spans of columns: whole rows where there are many, pieces of the row where there
 // is one.
@@ -69,63 +124,48 @@ inline void for_each_span(int64_t rows, int64_t cols, const Body& body) {
   }
 }
 
-template <typename T, typename Act>
-inline void glu_forward(const Glu& args) {
-  using P = Pack<T>;
-  for_each_span(args.rows, args.cols, [&](int64_t row, int64_t begin, int64_t end) {
-    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + begin;
-    const T* up = static_cast<const T*>(args.up) + row * args.up_stride + begin;
-    T* out = static_cast<T*>(args.out) + row * args.cols + begin;
-    for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
-      const auto activated = map<T>([](auto x) { return Act::value(x); }, P::load(gate + i, count));
-      (activated.rounded() * P::load(up + i, count)).store(out + i, count);
-    });
-  });
-}
-
-template <typename T, typename Act>
-inline void glu_backward(const Glu& args) {
-  using P = Pack<T>;
-  for_each_span(args.rows, args.cols, [&](int64_t row, int64_t begin, int64_t end) {
-    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + begin;
-    const T* up = static_cast<const T*>(args.up) + row * args.up_stride + begin;
-    const T* dout = static_cast<const T*>(args.dout) + row * args.dout_stride + begin;
-    T* dgate = static_cast<T*>(args.dgate) + row * args.gradient_stride + begin;
-    T* dup = static_cast<T*>(args.dup) + row * args.gradient_stride + begin;
-    for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
-      const auto x = P::load(gate + i, count), d = P::load(dout + i, count);
-      P value, slope;
-      for (int j = 0; j < P::kVectors; ++j) {
-        std::tie(value.v[j], slope.v[j]) = Act::value_and_slope(x.v[j]);
-      }
-      (d * value).store(dup + i, count);
-      (d * P::load(up + i, count) * slope).store(dgate + i, count);
-    });
-  });
-}
-
-// f(T{}, Act{}) for the dtype and the activation.
-template <typename F>
-inline void dispatch_glu(const Glu& args, const F& f) {
+inline void glu_forward(const GluRows& args, GluActivation activation) {
   dispatch_floating(args.dtype, [&](auto element) {
     using T = decltype(element);
-    switch (args.activation) {
-      case Activation::kSilu:
-        return f(T{}, Silu<T>{});
-      case Activation::kGeluTanh:
-        return f(T{}, GeluTanh<T>{});
-      case Activation::kGelu:
-        return f(T{}, Gelu<T>{});
-    }
+    using P = Pack<T>;
+    dispatch_activation(activation, [&](auto act) {
+      for_each_span(args.rows, args.cols, [&](int64_t row, int64_t begin, int64_t end) {
+        const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + begin;
+        const T* up = static_cast<const T*>(args.up) + row * args.up_stride + begin;
+        T* out = static_cast<T*>(args.out) + row * args.cols + begin;
+        for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
+          const auto value =
+              map<T>([&](auto x) { return act.template value<T>(x); }, P::load(gate + i, count));
+          (value.rounded() * P::load(up + i, count)).store(out + i, count);
+        });
+      });
+    });
   });
 }
 
-inline void glu_forward(const Glu& args) {
-  dispatch_glu(args, [&](auto element, auto act) { glu_forward<decltype(element), decltype(act)>(args); });
-}
-
-inline void glu_backward(const Glu& args) {
-  dispatch_glu(args, [&](auto element, auto act) { glu_backward<decltype(element), decltype(act)>(args); });
+inline void glu_backward(const GluRows& args, GluActivation activation) {
+  dispatch_floating(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    using P = Pack<T>;
+    dispatch_activation(activation, [&](auto act) {
+      for_each_span(args.rows, args.cols, [&](int64_t row, int64_t begin, int64_t end) {
+        const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + begin;
+        const T* up = static_cast<const T*>(args.up) + row * args.up_stride + begin;
+        const T* dout = static_cast<const T*>(args.dout) + row * args.dout_stride + begin;
+        T* dgate = static_cast<T*>(args.dgate) + row * args.grad_stride + begin;
+        T* dup = static_cast<T*>(args.dup) + row * args.grad_stride + begin;
+        for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
+          const auto g = P::load(gate + i, count);
+          const auto d = P::load(dout + i, count);
+          P value, slope;
+          for (int k = 0; k < P::kVectors; ++k)
+            act.template value_and_slope<T>(g.v[k], value.v[k], slope.v[k]);
+          (d * value).store(dup + i, count);
+          (d * P::load(up + i, count) * slope).store(dgate + i, count);
+        });
+      });
+    });
+  });
 }
 
 }  // namespace CPU_CAPABILITY

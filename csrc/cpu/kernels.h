@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "ops/activation.h"
+#include "ops/glu_rows.h"
 
 namespace liger::cpu {
 
@@ -90,18 +90,6 @@ struct Rope {
   bool inverse;                            // the transposed rotation, for backward
 };
 
-struct Glu {
-  at::ScalarType dtype;
-  Activation activation;
-  const void* gate;  // [rows, cols], row stride gate_stride
-  const void* up;    // [rows, cols], row stride up_stride
-  const void* dout;  // backward: [rows, cols], row stride dout_stride
-  void* out;         // forward: [rows, cols] contiguous
-  void* dgate;       // backward: [rows, cols], row stride gradient_stride
-  void* dup;         // backward: [rows, cols], row stride gradient_stride
-  int64_t rows, cols, gate_stride, up_stride, dout_stride, gradient_stride;
-};
-
 // Rows of logits; what the fields mean: ops/cross_entropy_rows.h. A is the accumulate type of dtype.
 struct CrossEntropy {
   at::ScalarType dtype;
@@ -140,8 +128,8 @@ struct Kernels {
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
   void (*rope)(const Rope&);
-  void (*glu_forward)(const Glu&);
-  void (*glu_backward)(const Glu&);
+  void (*glu_forward)(const GluRows&, GluActivation);
+  void (*glu_backward)(const GluRows&, GluActivation);
   void (*cross_entropy_forward)(const CrossEntropy&);
   void (*cross_entropy_backward)(const CrossEntropy&);
   void (*scale)(const Scale&);

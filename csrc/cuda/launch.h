@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/common/vec.cuh"
 
@@ -55,6 +56,19 @@ bool aligned_pointers(const T*... pointers) {
 template <typename... Strides>
 bool aligned_strides(int64_t element_size, Strides... strides) {
   return ((strides * element_size % 16 == 0) && ...);
+}
+
+// f(std::integral_constant<int, N>{}) with N the most elements that one access may take where accesses start
+// at these addresses (or'd together, strides in bytes included): 16 bytes' worth at most, a power of two.
+template <typename T, int N = kVecSize<T>, typename F>
+void dispatch_vector(std::uintptr_t addresses, const F& f) {
+  if constexpr (N == 1) {
+    f(std::integral_constant<int, 1>{});
+  } else if (addresses % (N * sizeof(T)) == 0) {
+    f(std::integral_constant<int, N>{});
+  } else {
+    dispatch_vector<T, N / 2>(addresses, f);
+  }
 }
 
 inline int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }

@@ -87,6 +87,11 @@ void check_leading_shape(const Argument& arg, const Argument& reference, int64_t
       arg.tensor.sym_sizes());
 }
 
+void check_shape(const Argument& arg, c10::SymIntArrayRef shape, const char* meaning) {
+  TORCH_CHECK_VALUE(equal_sizes(arg.tensor.sym_sizes(), shape), "liger::", arg.op, ": ", arg.name,
+      " must have shape ", shape, " (", meaning, "), got ", arg.tensor.sym_sizes());
+}
+
 void check_same_dtype_or_float32(const Argument& arg, const Argument& reference) {
   const auto dtype = arg.tensor.scalar_type();
   const auto expected = reference.tensor.scalar_type();

@@ -28,6 +28,8 @@ void check_same_dtype(const Argument& arg, const Argument& reference);
 void check_same_shape(const Argument& arg, const Argument& reference);
 // The first `dims` dimensions of `reference`, and no more.
 void check_leading_shape(const Argument& arg, const Argument& reference, int64_t dims);
+// The given shape; `meaning` says what it is ("one half of gate_up").
+void check_shape(const Argument& arg, c10::SymIntArrayRef shape, const char* meaning);
 // The dtype of `reference`, or float32 beside a 16-bit `reference`.
 void check_same_dtype_or_float32(const Argument& arg, const Argument& reference);
 // 1-D of the given size; `meaning` and `of` say what the size is ("last dimension of ", "x").

@@ -1,97 +1,41 @@
 #pragma once
 
-// Gated linear units (Shazeer, 2020, arXiv:2002.05202):  out = act(gate) * up, with
+// What the gated linear units share, whatever their activation, layout and device:  out = act(gate) * up.
 //
-//   swiglu             silu(x) = x * sigmoid(x)
-//   geglu, "tanh"      gelu(x) = x * (1 + tanh(u)) / 2,  u = sqrt(2 / pi) * (x + 0.044715 x^3)
-//   geglu, "none"      gelu(x) = x * Phi(x), Phi the normal distribution (Hendrycks and Gimpel,
-//   arXiv:1606.08415)
+// Layouts: gate and up as two tensors, or packed as the halves of one buffer's last dimension, gate first.
+// A packed buffer is read in place, and its gradient is one buffer, written in place.
 //
-// Rounding points are those of Hugging Face's eager MLPs: the activation is computed in float32 (float64 for
-// float64) and rounded to the dtype, the product is rounded again. The gradients are rounded once:
-//
-//   dgate = dout * up * act'(gate),  dup = dout * act(gate)
-//
-// The packed operators take gate and up as the halves of one buffer, and write the gradient of that buffer.
+// Rounding points are those of Hugging Face's eager MLP: act(gate) is computed in float32 (float64 for
+// float64) and rounded to the dtype, the product is rounded again. Gradients are rounded once.
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
-#include <string_view>
 #include <tuple>
 
-#include "ops/activation.h"
+#include "ops/glu_rows.h"
 
 namespace liger {
 
 using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 
-// Calls through the dispatcher.
-at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
-TensorPair swiglu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
-at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-TensorPair geglu_backward(
-    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor swiglu_packed(const at::Tensor& gate_up);
-at::Tensor swiglu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up);
-at::Tensor geglu_packed(const at::Tensor& gate_up, std::string_view approximate);
-at::Tensor geglu_packed_backward(
-    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+void check_glu(const char* op, const at::Tensor& gate, const at::Tensor& up);
+void check_glu_backward(const char* op, const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
+void check_glu_packed(const char* op, const at::Tensor& gate_up);
+void check_glu_packed_backward(const char* op, const at::Tensor& dout, const at::Tensor& gate_up);
 
-// One call, as the device kernels see it. gate and up may be views of one buffer.
-struct Glu {
-  Activation activation;
-  at::Tensor gate, up;
-  at::Tensor dout;  // undefined in forward
-};
+// Uninitialised results.
+at::Tensor empty_glu(const at::Tensor& gate);
+TensorPair empty_glu_gradients(const at::Tensor& gate);
+at::Tensor empty_glu_packed(const at::Tensor& gate_up);
+at::Tensor empty_glu_packed_gradient(const at::Tensor& gate_up);
 
-// The activation that geglu's argument names; ValueError for another name.
-Activation gelu_named(const char* op, std::string_view approximate);
-
-// Check the arguments, which is the same for every backend.
-Glu check_glu(const char* op, const at::Tensor& gate, const at::Tensor& up, Activation activation);
-Glu check_glu_backward(const char* op, const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up,
-    Activation activation);
-Glu check_glu_packed(const char* op, const at::Tensor& gate_up, Activation activation);
-Glu check_glu_packed_backward(
-    const char* op, const at::Tensor& dout, const at::Tensor& gate_up, Activation activation);
-
-// Kernels by dispatch key, bound in registration.cpp.
-at::Tensor swiglu_cpu(const at::Tensor& gate, const at::Tensor& up);
-TensorPair swiglu_backward_cpu(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
-at::Tensor geglu_cpu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-TensorPair geglu_backward_cpu(
-    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor swiglu_packed_cpu(const at::Tensor& gate_up);
-at::Tensor swiglu_packed_backward_cpu(const at::Tensor& dout, const at::Tensor& gate_up);
-at::Tensor geglu_packed_cpu(const at::Tensor& gate_up, std::string_view approximate);
-at::Tensor geglu_packed_backward_cpu(
-    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
-
-at::Tensor swiglu_cuda(const at::Tensor& gate, const at::Tensor& up);
-TensorPair swiglu_backward_cuda(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
-at::Tensor geglu_cuda(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-TensorPair geglu_backward_cuda(
-    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor swiglu_packed_cuda(const at::Tensor& gate_up);
-at::Tensor swiglu_packed_backward_cuda(const at::Tensor& dout, const at::Tensor& gate_up);
-at::Tensor geglu_packed_cuda(const at::Tensor& gate_up, std::string_view approximate);
-at::Tensor geglu_packed_backward_cuda(
-    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
-
-at::Tensor swiglu_meta(const at::Tensor& gate, const at::Tensor& up);
-TensorPair swiglu_backward_meta(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
-at::Tensor geglu_meta(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-TensorPair geglu_backward_meta(
-    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor swiglu_packed_meta(const at::Tensor& gate_up);
-at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor& gate_up);
-at::Tensor geglu_packed_meta(const at::Tensor& gate_up, std::string_view approximate);
-at::Tensor geglu_packed_backward_meta(
-    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
-
-at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up);
-at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up);
-at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate);
+// Allocates the results and has `run` compute them from rows, unless they are empty. The arguments were
+// checked.
+using RunGlu = c10::function_ref<void(const GluRows&)>;
+at::Tensor glu_forward(const at::Tensor& gate, const at::Tensor& up, RunGlu run);
+TensorPair glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, RunGlu run);
+at::Tensor glu_packed_forward(const at::Tensor& gate_up, RunGlu run);
+at::Tensor glu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up, RunGlu run);
 
 }  // namespace liger

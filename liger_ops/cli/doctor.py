@@ -184,6 +184,8 @@ def _check_compile(device: str) -> str:
     def function(x: torch.Tensor, norm: torch.Tensor, head: torch.Tensor, *rotary: torch.Tensor) -> Tensors:
         hidden, total = LF.add_rms_norm(LF.layer_norm(x, norm), x, norm)
         hidden = LF.swiglu(LF.rms_norm(hidden, norm), total)
+        hidden = LF.geglu(hidden, x) + LF.swiglu_packed(torch.cat([hidden, x], -1))
+        hidden = hidden + LF.geglu_packed(torch.cat([x, hidden], -1), "none")
         loss = LF.fused_linear_cross_entropy(hidden, head, _targets(x))
         return loss + LF.cross_entropy(F.linear(hidden, head), _targets(x)), *LF.rope(*rotary)
 
@@ -219,6 +221,10 @@ def _rope_reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: to
     return rotate(q), rotate(k)
 
 
+def _halves(x: torch.Tensor) -> Tensors:
+    return x.chunk(2, dim=-1)
+
+
 Q, K, ANGLES = (2, 4, 6, 16), (2, 2, 6, 16), (1, 6, 16)
 
 CASES = (
@@ -232,6 +238,27 @@ CASES = (
     ),
     Case("rope", LF.rope, _rope_reference, (Q, K), (ANGLES, ANGLES)),
     Case("swiglu", LF.swiglu, lambda gate, up: F.silu(gate) * up, ((ROWS, WIDTH), (ROWS, WIDTH))),
+    Case(
+        "swiglu_packed",
+        LF.swiglu_packed,
+        lambda x: F.silu(_halves(x)[0]) * _halves(x)[1],
+        ((ROWS, 2 * WIDTH),),
+    ),
+    *(
+        Case(
+            f"geglu ({approximate})",
+            lambda gate, up, a=approximate: LF.geglu(gate, up, a),
+            lambda gate, up, a=approximate: F.gelu(gate, approximate=a) * up,
+            ((ROWS, WIDTH), (ROWS, WIDTH)),
+        )
+        for approximate in ("tanh", "none")
+    ),
+    Case(
+        "geglu_packed",
+        LF.geglu_packed,
+        lambda x: F.gelu(_halves(x)[0], approximate="tanh") * _halves(x)[1],
+        ((ROWS, 2 * WIDTH),),
+    ),
     Case(
         "cross_entropy",
         lambda logits: LF.cross_entropy(logits, _targets(logits)),

@@ -4,16 +4,20 @@ from liger_ops.nn.add_rms_norm import LigerFusedAddRMSNorm
 from liger_ops.nn.cross_entropy import LigerCrossEntropyLoss
 from liger_ops.nn.experts import LigerExperts
 from liger_ops.nn.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from liger_ops.nn.geglu import LigerGEGLUMLP
 from liger_ops.nn.layer_norm import LigerLayerNorm
 from liger_ops.nn.rms_norm import LigerRMSNorm, LigerRMSNormForGemma, LigerRMSNormForGemma2
-from liger_ops.nn.swiglu import LigerSwiGLUMLP
+from liger_ops.nn.swiglu import LigerBlockSparseTop2MLP, LigerPhi3SwiGLUMLP, LigerSwiGLUMLP
 
 __all__ = [
+    "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
     "LigerFusedAddRMSNorm",
     "LigerExperts",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerLayerNorm",
+    "LigerGEGLUMLP",
+    "LigerPhi3SwiGLUMLP",
     "LigerRMSNorm",
     "LigerRMSNormForGemma",
     "LigerRMSNormForGemma2",

@@ -1,193 +1,142 @@
-"""The experts of a mixture-of-experts layer (Mixtral, Jiang et al., arXiv:2401.04088)."""
+"""The experts of a mixture: every token through its own few feed-forward blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import liger_ops.functional as LF
-
-Gated = Callable[[torch.Tensor], torch.Tensor]
-
-
-def experts(
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    gated: Gated = LF.swiglu_packed,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """For each token n, ``Σ_k weights[n, k] · down_e(gated(gate_up_e(x_n)))`` with e = ``top_k_index[n, k]``.
-
-    Pairs of token and expert are sorted by expert, so that each projection is one grouped matrix product. All
-    sums run in a fixed order, forward and backward. Nothing is read on the host where
-    ``torch.nn.functional.grouped_mm`` is a kernel: in bfloat16 on CUDA, compute capability 8.0 on, with
-    widths that are multiples of 8. Elsewhere the ends of the groups are. Under autocast the products run in
-    the autocast dtype.
-
-    Args:
-        hidden_states: (N, H).
-        top_k_index: (N, K) integers; E and above mean that the pair is somebody else's, and adds nothing.
-        top_k_weights: (N, K), of any floating dtype.
-        gate_up_proj: (E, 2I, H); with ``transposed`` (E, H, 2I).
-        down_proj: (E, H, I); with ``transposed`` (E, I, H).
-        gated: from (S, 2I) to (S, I).
-
-    Returns:
-        (N, H), of the dtype of ``hidden_states``.
-    """
-    dtype = gate_up_proj.dtype
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if not transposed:
-        gate_up_proj, down_proj = gate_up_proj.transpose(-2, -1), down_proj.transpose(-2, -1)
-
-    count = gate_up_proj.shape[0]
-    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True).to(torch.int32)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    place, mine = place.view_as(top_k_index), top_k_index < count
-
-    x = _Dispatch.apply(hidden_states.to(dtype), order, place, mine)
-    gate_up = _grouped_mm(x, gate_up_proj.to(dtype), ends)
-    y = _grouped_mm(gated(gate_up), down_proj.to(dtype), ends)
-    return _Combine.apply(y, top_k_weights, order, place, mine).to(hidden_states.dtype)
+from liger_ops.nn._grouped_linear import grouped_linear
+from liger_ops.nn.swiglu import check_silu
 
 
 class _Dispatch(torch.autograd.Function):
-    """Tokens (N, H) to their pairs in the order of experts (S, H).
+    """Copies of the tokens, one per slot, in the order of the experts.
 
-    ``order`` (S,) holds the pair at each place, ``place`` (N, K) the place of each pair, ``mine`` (N, K)
-    whether it is computed here. Indexing's own backward adds rows in an order that it does not promise; this
-    one gathers the K gradients of a token.
+    The gradient of a token is the sum over its slots, gathered in a fixed order: indexing's own backward
+    scatters, in no fixed order on CUDA. Slots without an expert add nothing, whatever their rows hold.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, place: torch.Tensor, mine: torch.Tensor):
-        ctx.save_for_backward(place, mine)
-        return x[order // place.shape[1]]
+    def forward(ctx, x: Tensor, order: Tensor, place: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(place, used)
+        ctx.dtype = x.dtype
+        return x.to(dtype)[order // used.shape[1]]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        place, mine = ctx.saved_tensors
-        # Places after the last group hold whatever was in memory.
-        of_pairs = gradient[place].masked_fill(~mine.unsqueeze(-1), 0)
-        return of_pairs.sum(1), None, None, None
+    def backward(ctx, gradient: Tensor):
+        place, used = ctx.saved_tensors
+        slots = gradient[place].view(*used.shape[:2], gradient.shape[-1])
+        slots = torch.where(used, slots, slots.new_zeros(()))
+        return slots.sum(1, dtype=ctx.dtype), None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    """The weighted sum of a token's pairs: y (S, H) and weights (N, K) to (N, H), in float32 at least."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        weights: torch.Tensor,
-        order: torch.Tensor,
-        place: torch.Tensor,
-        mine: torch.Tensor,
-    ):
-        ctx.save_for_backward(y, weights, order, place, mine)
-        weights = weights.to(torch.promote_types(torch.promote_types(y.dtype, weights.dtype), torch.float32))
-        terms = [_Combine.pairs(y, place, mine, k) * weights[:, k, None] for k in range(place.shape[1])]
-        return sum(terms[1:], terms[0])
+class _Permute(torch.autograd.Function):
+    """``x[index]`` for a permutation, whose gradient is a gather by the inverse permutation."""
 
     @staticmethod
-    def pairs(y: torch.Tensor, place: torch.Tensor, mine: torch.Tensor, k: int) -> torch.Tensor:
-        return y[place[:, k]].masked_fill(~mine[:, k, None], 0)
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[index]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor):
-        y, weights, order, place, mine = ctx.saved_tensors
-        dy = dweights = None
-        if ctx.needs_input_grad[0]:
-            of_pair = (weights * mine).reshape(-1)[order]
-            dy = (gradient[order // place.shape[1]] * of_pair[:, None]).to(y.dtype)
-        if ctx.needs_input_grad[1]:
-            columns = [(gradient * _Combine.pairs(y, place, mine, k)).sum(-1) for k in range(place.shape[1])]
-            dweights = torch.stack(columns, dim=1).to(weights.dtype)
-        return dy, dweights, None, None, None
+    def backward(ctx, gradient: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return gradient[inverse], None, None
 
 
-def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of x (S, A) up to ``ends[0]`` times ``weight[0]`` (A, B), and so on; undefined after the last."""
-    if _has_kernel(x, weight):
-        return torch.nn.functional.grouped_mm(x, weight, offs=ends)
-    return grouped_mm_by_group(x, weight, ends)
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that ``linear`` would compute in: autocast's, where that is on."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
-def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if not hasattr(torch.nn.functional, "grouped_mm") or x.shape[0] == 0:
-        return False
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return False
-    if x.dtype == torch.float64:
-        return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    # Rows of every operand and result, and of their gradients, have to be multiples of 16 bytes.
-    return all(width * x.element_size() % 16 == 0 for width in (x.shape[1], weight.shape[2]))
+def mixture_of_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Callable[[Tensor], Tensor] = LF.swiglu_packed,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+    normalise: Callable[[Tensor], Tensor] | None = None,
+    clear_unused: bool = False,
+) -> Tensor:
+    """``Σ_k w_k · down_{e_k}(activation(gate_up_{e_k}(x)))``, the sum over each token's K chosen experts e_k.
 
+    Slots are sorted by expert (stably), so that each expert is one block of a grouped matrix product; see
+    ``grouped_linear`` for where that is one kernel that never waits for the host. Weighting and sum run in
+    float32 (float64 for float64) and are rounded once. Values and gradients are bitwise reproducible. Under
+    autocast the products run in the autocast dtype, elsewhere in that of the projections.
 
-@torch.library.custom_op("liger_ops::grouped_mm_by_group", mutates_args=())
-def grouped_mm_by_group(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """One product for each group that is not empty; ``ends`` is read on the host."""
-    out = x.new_zeros(x.shape[0], weight.shape[2])
-    for group, begin, end in _groups(ends):
-        torch.mm(x[begin:end], weight[group], out=out[begin:end])
-    return out
+    Args:
+        hidden_states: (N, H).
+        top_k_index: (N, K) integers, the experts of each token. A slot with an index of E or more (the
+            sentinel of expert parallelism: another rank's expert) contributes nothing and gets no gradient.
+        top_k_weights: (N, K).
+        gate_up_proj: (E, 2I, H), the gate's rows first; or (E, I, H) for experts without a gate.
+        down_proj: (E, H, I).
+        activation: from (S, 2I) to (S, I), row by row.
+        gate_up_bias, down_bias: (E, 2I) and (E, H), or None.
+        transposed: the projections are (E, H, 2I) and (E, I, H).
+        normalise: applied to (S, H), row by row, before the weights.
+        clear_unused: whether ``activation`` or ``normalise`` has parameters. Rows of unused slots may hold
+            anything, NaN included, which would enter the gradients of parameters shared by all rows.
 
+    Returns:
+        (N, H) of hidden_states' dtype.
+    """
+    experts = gate_up_proj.shape[0]
+    flat = top_k_index.reshape(-1)
+    sorted_experts, order = torch.sort(flat, stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(flat.shape[0], device=flat.device))
+    bounds = torch.arange(experts, device=flat.device, dtype=flat.dtype)
+    ends = torch.searchsorted(sorted_experts, bounds, right=True, out_int32=True)
+    used = (top_k_index < experts).unsqueeze(-1)
 
-def _groups(ends: torch.Tensor) -> list[tuple[int, int, int]]:
-    limits = [0, *ends.tolist()]
-    return [(i, a, b) for i, (a, b) in enumerate(zip(limits, limits[1:], strict=False)) if a < b]
+    dtype = _compute_dtype(gate_up_proj)
+    clear_unused = clear_unused or gate_up_bias is not None or down_bias is not None
 
+    def cleared(rows: Tensor) -> Tensor:
+        if not clear_unused:
+            return rows
+        return torch.where((sorted_experts < experts).unsqueeze(-1), rows, rows.new_zeros(()))
 
-@grouped_mm_by_group.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+    def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = grouped_linear(rows.to(dtype), weight.to(dtype), ends, transposed)
+        if bias is not None:
+            # A product with one-hot rows: the backward pass of bias[experts] adds in no fixed order on CUDA.
+            chosen = (sorted_experts.unsqueeze(-1) == bounds).to(dtype)
+            rows = rows + chosen @ bias.to(dtype)
+        return cleared(rows)
 
-
-@torch.library.custom_op("liger_ops::grouped_mm_by_group_backward", mutates_args=())
-def _grouped_mm_by_group_backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dweight = torch.zeros_like(x), torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    for group, begin, end in _groups(ends):
-        torch.mm(gradient[begin:end], weight[group].t(), out=dx[begin:end])
-        torch.mm(x[begin:end].t(), gradient[begin:end], out=dweight[group])
-    return dx, dweight
-
-
-@_grouped_mm_by_group_backward.register_fake
-def _(gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor):
-    return torch.empty_like(x), weight.new_empty(weight.shape)
-
-
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, gradient: torch.Tensor):
-    return *_grouped_mm_by_group_backward(gradient, *ctx.saved_tensors), None
-
-
-grouped_mm_by_group.register_autograd(_backward, setup_context=_save)
+    rows = _Dispatch.apply(hidden_states, order, place, used, dtype)
+    rows = cleared(activation(project(rows, gate_up_proj, gate_up_bias)))
+    rows = project(rows, down_proj, down_bias)
+    if normalise is not None:
+        rows = normalise(rows)
+    rows = _Permute.apply(rows, place, order).view(*top_k_index.shape, rows.shape[-1])
+    # Not a product with 0: rows of unused slots may hold anything, and 0 · NaN is NaN.
+    rows = torch.where(used, rows, rows.new_zeros(()))
+    weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
+    return (rows * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
 class LigerExperts(nn.Module):
-    """All experts of a layer, in stacked parameters.
+    """The experts of Mixtral-like models in transformers 5, with all their weights in two parameters.
 
     Args:
-        config: an object with ``hidden_size``, ``intermediate_size`` (or ``moe_intermediate_size``, which
-        wins),
-            ``num_local_experts`` (or ``num_experts``) and ``hidden_act``.
+        config: an object with ``num_local_experts`` or ``num_experts``, ``hidden_size``,
+            ``moe_intermediate_size`` or ``intermediate_size``, and ``hidden_act``.
 
     Raises:
         ValueError: when ``config.hidden_act`` is not ``"silu"`` or ``"swish"``.
@@ -195,13 +144,11 @@ class LigerExperts(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(
-                f"LigerExperts computes silu(gate) * up, but config.hidden_act is {config.hidden_act!r}"
-            )
-        self.num_experts = getattr(config, "num_local_experts", None) or config.num_experts
+        check_silu("LigerExperts", config)
+        self.config = config
+        self.num_experts = _first(config, "num_local_experts", "num_experts")
         self.hidden_dim = config.hidden_size
-        self.intermediate_dim = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        self.intermediate_dim = _first(config, "moe_intermediate_size", "intermediate_size")
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
@@ -209,13 +156,24 @@ class LigerExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What ``nn.Linear`` does for each expert: uniform within ±1/√(width of the input)."""
+        """Each expert as ``torch.nn.Linear`` initialises itself."""
         for weight in (self.gate_up_proj, self.down_proj):
-            bound = weight.shape[-1] ** -0.5
+            bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """(N, hidden_size) tokens, (N, K) experts of each and their weights, to (N, hidden_size)."""
-        return experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(N, H) tokens, (N, K) experts and (N, K) weights to (N, H)."""
+        return mixture_of_experts(
+            hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts}, hidden_size={self.hidden_dim}, intermediate_size={self.intermediate_dim}"
+
+
+def _first(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    raise ValueError(f"the configuration has none of {', '.join(names)}")

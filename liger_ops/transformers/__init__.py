@@ -9,10 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from liger_ops.nn import (
+    LigerBlockSparseTop2MLP,
     LigerCrossEntropyLoss,
+    LigerExperts,
     LigerFusedAddRMSNorm,
     LigerFusedLinearCrossEntropyLoss,
+    LigerGEGLUMLP,
     LigerLayerNorm,
+    LigerPhi3SwiGLUMLP,
     LigerRMSNorm,
     LigerRMSNormForGemma,
     LigerRMSNormForGemma2,
@@ -23,6 +27,7 @@ from liger_ops.transformers.functional import (
     liger_cross_entropy,
     liger_fused_add_rms_norm,
     liger_fused_linear_cross_entropy,
+    liger_geglu,
     liger_layer_norm,
     liger_multimodal_rotary_pos_emb,
     liger_qwen2vl_mrope,
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
         apply_liger_kernel_to_qwen2_vl,
     )
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_ops.transformers.experts import register_experts
     from liger_ops.transformers.forwards.outputs import LigerCausalLMOutputWithPast
     from liger_ops.transformers.patching import patch, patched
     from liger_ops.transformers.report import PatchReport
@@ -61,6 +67,10 @@ __all__ = [
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerLayerNorm",
+    "LigerBlockSparseTop2MLP",
+    "LigerExperts",
+    "LigerGEGLUMLP",
+    "LigerPhi3SwiGLUMLP",
     "LigerRMSNorm",
     "LigerRMSNormForGemma",
     "LigerRMSNormForGemma2",
@@ -82,6 +92,7 @@ __all__ = [
     "liger_layer_norm",
     "liger_multimodal_rotary_pos_emb",
     "liger_qwen2vl_mrope",
+    "liger_geglu",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
@@ -89,6 +100,7 @@ __all__ = [
     "liger_swiglu",
     "patch",
     "patched",
+    "register_experts",
     "uninstall",
 ]
 
@@ -111,6 +123,7 @@ _LAZY = {
     "install": "trainer",
     "patch": "patching",
     "patched": "patching",
+    "register_experts": "experts",
     "uninstall": "trainer",
 }
 

@@ -18,6 +18,7 @@ __all__ = [
     "liger_layer_norm",
     "liger_multimodal_rotary_pos_emb",
     "liger_qwen2vl_mrope",
+    "liger_geglu",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
@@ -134,6 +135,11 @@ liger_multimodal_rotary_pos_emb = liger_qwen2vl_mrope
 def liger_swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``silu(a) · b``."""
     return LF.swiglu(a, b)
+
+
+def liger_geglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``gelu(a) · b`` with the tanh approximation of GELU, as in Liger."""
+    return LF.geglu(a, b, "tanh")
 
 
 def liger_cross_entropy(
