@@ -57,6 +57,10 @@ class Case:
     constants: tuple[Shape, ...] = ()
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+
+
 def run(options: argparse.Namespace) -> int:
     """Run every check, print the results, and return 0 when all passed."""
     results = list(checks())
