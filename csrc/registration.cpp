@@ -8,8 +8,10 @@
 #include <torch/library.h>
 
 #include "ops/cross_entropy.h"
+#include "ops/cross_entropy_rows.h"
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
+#include "ops/fused_linear_cross_entropy_chunks.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/swiglu.h"
@@ -30,58 +32,76 @@ TORCH_LIBRARY(liger, m) {
       kTags);
 
   // The rotated q and k, in the memory order of q and k.
-  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_out, Tensor k_out)", kTags);
-  m.def("rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)", kTags);
+  m.def(
+      "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False) -> "
+      "(Tensor q_out, Tensor k_out)",
+      kTags);
+  m.def("rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
+      kTags);
+  m.def(
+      "mrope(Tensor q, Tensor k, Tensor cos, Tensor sin, int[] mrope_section) -> "
+      "(Tensor q_out, Tensor k_out)",
+      kTags);
+  m.def(
+      "mrope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, int[] mrope_section) -> "
+      "(Tensor, Tensor)",
+      kTags);
 
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
-  // z_loss is the part of loss that lse_square_scale adds. Only loss is differentiable.
+  // token_accuracy: as loss, float32; predicted_tokens: [tokens] int64. z_loss is the part of loss that
+  // lse_square_scale adds. Only loss is differentiable.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-      "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, str reduction=\"mean\") "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, str reduction=\"mean\", "
+      "bool use_token_scaling=False, bool return_token_accuracy=False, bool return_predicted_tokens=False) "
       "-> "
-      "(Tensor loss, Tensor z_loss, Tensor lse)",
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens)",
       kTags);
   // cross_entropy with what its backward needs.
   m.def(
       "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
-      "float label_smoothing, float lse_square_scale, float? softcap, str reduction) -> "
-      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor lse_low, Tensor totals)",
+      "float label_smoothing, float lse_square_scale, float? softcap, str reduction, "
+      "bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) -> "
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens, "
+      "Tensor lse_low, Tensor totals)",
       kTags);
   m.def(
       "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor lse_low, Tensor totals, int ignore_index, float label_smoothing, float lse_square_scale, "
-      "float? softcap, str reduction) -> Tensor dlogits",
+      "float? softcap, str reduction, bool use_token_scaling) -> Tensor dlogits",
       kTags);
 
-  // loss, z_loss, lse: as cross_entropy of logits = input @ weight^T + bias. num_items (one element) replaces
-  // the divisor of "mean". compute_dtype: dtype of the matrix products; autocast sets it.
+  // The outputs: as cross_entropy of logits = input @ weight^T + bias. num_items (one element) replaces the
+  // divisor of "mean". compute_dtype: dtype of the matrix products; autocast sets it.
   m.def(
       "fused_linear_cross_entropy(Tensor input, Tensor weight, Tensor target, Tensor? bias=None, "
       "Tensor? ce_weight=None, int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
       "float? softcap=None, str reduction=\"mean\", Tensor? num_items=None, ScalarType? accum_dtype=None, "
-      "int? workspace_bytes=None, ScalarType? compute_dtype=None) -> (Tensor loss, Tensor z_loss, Tensor "
-      "lse)",
+      "int? workspace_bytes=None, bool use_token_scaling=False, bool return_token_accuracy=False, "
+      "bool return_predicted_tokens=False, ScalarType? compute_dtype=None) -> "
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens)",
       kTags);
   // "mean" and "sum": the loss, and the gradients for an upstream gradient of 1, times grad_scale in float16.
   m.def(
       "fused_linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor target, Tensor? bias, "
       "Tensor? ce_weight, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, "
       "str reduction, Tensor? num_items, ScalarType? accum_dtype, int? workspace_bytes, "
+      "bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens, "
       "ScalarType? compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) -> "
-      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor dinput, Tensor dweight, Tensor dbias, Tensor "
-      "grad_scale)",
+      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens, "
+      "Tensor dinput, Tensor dweight, Tensor dbias, Tensor grad_scale)",
       kTags);
   // "none": the gradients, for the upstream gradient of every token.
   m.def(
       "fused_linear_cross_entropy_backward(Tensor dloss, Tensor input, Tensor weight, Tensor target, "
       "Tensor? bias, Tensor? ce_weight, int ignore_index, float label_smoothing, float lse_square_scale, "
-      "float? softcap, ScalarType? accum_dtype, int? workspace_bytes, ScalarType? compute_dtype, "
-      "bool need_dinput, bool need_dweight, bool need_dbias) -> (Tensor dinput, Tensor dweight, Tensor "
-      "dbias)",
+      "float? softcap, ScalarType? accum_dtype, int? workspace_bytes, bool use_token_scaling, "
+      "ScalarType? compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) -> "
+      "(Tensor dinput, Tensor dweight, Tensor dbias)",
       kTags);
   // grad times a 0-D scale, without rounding the scale to grad's dtype.
   m.def("fused_linear_cross_entropy_scale(Tensor grad, Tensor scale) -> Tensor", kTags);
@@ -93,16 +113,27 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_cpu);
   m.impl("rope", liger::rope_cpu);
   m.impl("rope_backward", liger::rope_backward_cpu);
+  m.impl("mrope", liger::mrope_cpu);
+  m.impl("mrope_backward", liger::mrope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
-  m.impl("cross_entropy", liger::cross_entropy_cpu);
-  m.impl("cross_entropy_forward", liger::cross_entropy_forward_cpu);
-  m.impl("cross_entropy_backward", liger::cross_entropy_backward_cpu);
-  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_cpu);
-  m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_cpu);
-  m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_cpu);
-  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_cpu);
-  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_cpu);
+  m.impl("cross_entropy", liger::cross_entropy_from_forward);
+  m.impl("cross_entropy_forward",
+      liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCpu>::call);
+  m.impl("cross_entropy_backward",
+      liger::OnDevice<liger::cross_entropy_backward_on, liger::kCrossEntropyCpu>::call);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
+  m.impl("fused_linear_cross_entropy_forward",
+      liger::OnDevice<liger::fused_linear_cross_entropy_forward_on,
+          liger::kFusedLinearCrossEntropyCpu>::call);
+  m.impl("fused_linear_cross_entropy_backward",
+      liger::OnDevice<liger::fused_linear_cross_entropy_backward_on,
+          liger::kFusedLinearCrossEntropyCpu>::call);
+  m.impl("fused_linear_cross_entropy_scale",
+      liger::OnDevice<liger::fused_linear_cross_entropy_scale_on, liger::kFusedLinearCrossEntropyCpu>::call);
+  m.impl("fused_linear_cross_entropy_scale_",
+      liger::OnDevice<liger::fused_linear_cross_entropy_scale_inplace_on,
+          liger::kFusedLinearCrossEntropyCpu>::call);
 }
 
 #ifdef LIGER_WITH_CUDA
@@ -111,16 +142,27 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_cuda);
   m.impl("rope", liger::rope_cuda);
   m.impl("rope_backward", liger::rope_backward_cuda);
+  m.impl("mrope", liger::mrope_cuda);
+  m.impl("mrope_backward", liger::mrope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
-  m.impl("cross_entropy", liger::cross_entropy_cuda);
-  m.impl("cross_entropy_forward", liger::cross_entropy_forward_cuda);
-  m.impl("cross_entropy_backward", liger::cross_entropy_backward_cuda);
-  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_cuda);
-  m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_cuda);
-  m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_cuda);
-  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_cuda);
-  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_cuda);
+  m.impl("cross_entropy", liger::cross_entropy_from_forward);
+  m.impl("cross_entropy_forward",
+      liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCuda>::call);
+  m.impl("cross_entropy_backward",
+      liger::OnDevice<liger::cross_entropy_backward_on, liger::kCrossEntropyCuda>::call);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
+  m.impl("fused_linear_cross_entropy_forward",
+      liger::OnDevice<liger::fused_linear_cross_entropy_forward_on,
+          liger::kFusedLinearCrossEntropyCuda>::call);
+  m.impl("fused_linear_cross_entropy_backward",
+      liger::OnDevice<liger::fused_linear_cross_entropy_backward_on,
+          liger::kFusedLinearCrossEntropyCuda>::call);
+  m.impl("fused_linear_cross_entropy_scale",
+      liger::OnDevice<liger::fused_linear_cross_entropy_scale_on, liger::kFusedLinearCrossEntropyCuda>::call);
+  m.impl("fused_linear_cross_entropy_scale_",
+      liger::OnDevice<liger::fused_linear_cross_entropy_scale_inplace_on,
+          liger::kFusedLinearCrossEntropyCuda>::call);
 }
 #endif
 
@@ -129,12 +171,14 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rms_norm_backward", liger::rms_norm_backward_meta);
   m.impl("rope", liger::rope_meta);
   m.impl("rope_backward", liger::rope_backward_meta);
+  m.impl("mrope", liger::mrope_meta);
+  m.impl("mrope_backward", liger::mrope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
-  m.impl("cross_entropy", liger::cross_entropy_meta);
+  m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
-  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_meta);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
   m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_meta);
   m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_meta);
   m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_meta);
@@ -146,6 +190,8 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("rope", liger::rope_autograd);
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mrope", liger::mrope_autograd);
+  m.impl("mrope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
@@ -167,11 +213,14 @@ void register_autocast(torch::Library& m) {
   m.impl("rms_norm_backward", liger::WithoutAutocast<liger::rms_norm_backward>::call);
   m.impl("rope", liger::WithoutAutocast<liger::rope>::call);
   m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
+  m.impl("mrope", liger::WithoutAutocast<liger::mrope>::call);
+  m.impl("mrope_backward", liger::WithoutAutocast<liger::mrope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
   m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
   m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);
+  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autocast);
   m.impl("fused_linear_cross_entropy_forward",
       liger::WithoutAutocast<liger::fused_linear_cross_entropy_forward>::call);
   m.impl("fused_linear_cross_entropy_backward",
@@ -183,11 +232,5 @@ void register_autocast(torch::Library& m) {
 }
 }  // namespace
 
-TORCH_LIBRARY_IMPL(liger, Autocast, m) {
-  register_autocast(m);
-  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autocast_cuda);
-}
-TORCH_LIBRARY_IMPL(liger, AutocastCPU, m) {
-  register_autocast(m);
-  m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autocast_cpu);
-}
+TORCH_LIBRARY_IMPL(liger, Autocast, m) { register_autocast(m); }
+TORCH_LIBRARY_IMPL(liger, AutocastCPU, m) { register_autocast(m); }

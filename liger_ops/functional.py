@@ -9,6 +9,8 @@ implemented.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ load()
 # Looking an overload up costs more than the call; these are looked up once.
 _rms_norm = torch.ops.liger.rms_norm.default
 _rope = torch.ops.liger.rope.default
+_mrope = torch.ops.liger.mrope.default
 _swiglu = torch.ops.liger.swiglu.default
 _cross_entropy = torch.ops.liger.cross_entropy.default
 _fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
@@ -53,12 +56,12 @@ def rms_norm(
     return _rms_norm(x, weight, eps, offset, casting_mode)[0]
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Rotary position embedding (Su et al., arXiv:2104.09864) in the half-split form of Hugging Face models.
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Rotary position embedding (Su et al., arXiv:2104.09864).
 
-    With R the width of `cos` and j < R/2, `out[j] = x[j] cos[j] - x[j+R/2] sin[j]` and
-    `out[j+R/2] = x[j+R/2] cos[j+R/2] + x[j] sin[j+R/2]`; columns from R on are copied (partial rotary).
-    Computed in float32 and rounded once.
+    With R the width of `cos`, the columns (a, b) of each of R/2 pairs become
+    `out[a] = x[a] cos[a] - x[b] sin[a]` and `out[b] = x[b] cos[b] + x[a] sin[b]`; columns from R on are
+    copied (partial rotary). Computed in float32 and rounded once.
 
     Args:
         q: `[batch, query_heads, positions, head_dim]`, in any memory order.
@@ -66,6 +69,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         cos: `[1 or batch, positions, R]` or `[positions, R]`, R even and at most head_dim, of q's dtype or
             float32. No gradient flows into it.
         sin: as cos.
+        interleaved: which columns are a pair: j and j + R/2, as in most Hugging Face models, or the
+            neighbours 2j and 2j + 1, as in GPT-J and Cohere.
 
     Returns:
         The rotated q and k, with the dtypes and memory orders of q and k.
@@ -75,7 +80,29 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         ValueError: shapes or devices do not fit.
         NotImplementedError: cos or sin requires a gradient.
     """
-    return _rope(q, k, cos, sin)
+    return _rope(q, k, cos, sin, interleaved)
+
+
+def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mrope_section: list[int]) -> tuple[Tensor, Tensor]:
+    r"""Multimodal rotary position embedding of Qwen2-VL (Wang et al., arXiv:2409.12191).
+
+    `rope` whose pairs take their angles from three planes, of temporal, height and width positions: the first
+    `mrope_section[0]` pairs from plane 0, the next `mrope_section[1]` from plane 1, the rest from plane 2.
+
+    Args:
+        q: `[batch, query_heads, positions, head_dim]`, in any memory order.
+        k: `[batch, key_heads, positions, head_dim]`.
+        cos: `[3, 1 or batch, positions, R]`, of q's dtype or float32. No gradient flows into it.
+        sin: as cos.
+        mrope_section: three numbers of pairs whose sum is R/2.
+
+    Returns:
+        The rotated q and k, with the dtypes and memory orders of q and k.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `rope`; ValueError for sections that do not fit.
+    """
+    return _mrope(q, k, cos, sin, mrope_section)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -97,6 +124,45 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _swiglu(gate, up)
 
 
+@dataclass
+class CrossEntropyOutput:
+    """What `cross_entropy` and `fused_linear_cross_entropy` return when more than the loss is asked for.
+
+    Attributes:
+        loss: float32 (float64 for float64 logits), 0-d, or `[tokens]` for reduction `"none"`. The only one
+            with a gradient.
+        z_loss: the part of the loss that `lse_square_scale` adds, shaped as the loss.
+        token_accuracy: float32, whether the predicted token is the target: the mean over the targets that are
+            not ignored, 0 when all are; 0 or 1 per token for `"none"`, 0 where the target is ignored.
+        predicted_tokens: `[tokens]`, int64, the class with the largest logit, the first of several, a NaN
+            being largest as in `torch.argmax`; -1 where the target is ignored.
+
+    What was not asked for is None.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def _cross_entropy_output(
+    outputs: tuple[Tensor, ...],
+    return_z_loss: bool,
+    return_token_accuracy: bool,
+    return_predicted_tokens: bool,
+) -> Tensor | CrossEntropyOutput:
+    loss, z_loss, _, token_accuracy, predicted_tokens = outputs
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        z_loss if return_z_loss else None,
+        token_accuracy if return_token_accuracy else None,
+        predicted_tokens if return_predicted_tokens else None,
+    )
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -106,7 +172,11 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
-) -> Tensor:
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     r"""Cross entropy of logits with class indices, as `F.cross_entropy` defines it, and more.
 
     Per row, with `y = softcap * tanh(logits / softcap)` (or the logits), `lse = log(sum(exp(y)))`, class
@@ -128,18 +198,35 @@ def cross_entropy(
         label_smoothing: e, between 0 and 1.
         lse_square_scale: factor of the z-loss.
         softcap: caps the logits smoothly at this size, as Gemma 2 does.
+        use_token_scaling: multiplies each row's loss, z-loss included, by the probability `exp(y_t - lse)` of
+            its target, through which no gradient flows: dynamic fine-tuning (Wu et al., arXiv:2508.05629).
+            The divisor of the mean stays.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: see `CrossEntropyOutput`. They are
+            found in the same pass over the logits as the loss.
 
     Returns:
-        float32 (float64 for float64 logits): 0-d, or `[tokens]` for `"none"`.
+        float32 (float64 for float64 logits): 0-d, or `[tokens]` for `"none"`. A `CrossEntropyOutput` with one
+        of the `return_` options.
 
     Raises:
         TypeError: a dtype is not supported, or the target is not int64.
         ValueError: shapes, devices or options do not fit.
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
     """
-    return _cross_entropy(
-        logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction
-    )[0]
+    outputs = _cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+        reduction,
+        use_token_scaling,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    return _cross_entropy_output(outputs, return_z_loss, return_token_accuracy, return_predicted_tokens)
 
 
 def fused_linear_cross_entropy(
@@ -157,7 +244,11 @@ def fused_linear_cross_entropy(
     num_items: Tensor | float | None = None,
     accum_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-) -> Tensor:
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     r"""`cross_entropy(input @ weight.T + bias, target)` without ever holding the logits.
 
     The rows are taken in chunks: product, loss and the gradients of input, weight and bias, through one
@@ -179,9 +270,12 @@ def fused_linear_cross_entropy(
             in the weight's dtype.
         workspace_bytes: what a call may take beside its results. By default 512 MiB on CUDA; on the CPU a
             quarter of the weight, and 64 MiB at least.
+        use_token_scaling, return_z_loss, return_token_accuracy, return_predicted_tokens: as in
+            `cross_entropy`. They cost a number per token each.
 
     Returns:
-        float32 (float64 for float64 input): 0-d, or `[tokens]` for `"none"`.
+        float32 (float64 for float64 input): 0-d, or `[tokens]` for `"none"`. A `CrossEntropyOutput` with one
+        of the `return_` options.
 
     Raises:
         TypeError: dtypes do not fit.
@@ -194,7 +288,7 @@ def fused_linear_cross_entropy(
         else:
             # A fill on the device: copying a number there would wait for it.
             num_items = torch.full((), num_items, device=input.device, dtype=torch.float32)
-    return _fused_linear_cross_entropy(
+    outputs = _fused_linear_cross_entropy(
         input,
         weight,
         target,
@@ -208,4 +302,8 @@ def fused_linear_cross_entropy(
         num_items,
         accum_dtype,
         workspace_bytes,
-    )[0]
+        use_token_scaling,
+        return_token_accuracy,
+        return_predicted_tokens,
+    )
+    return _cross_entropy_output(outputs, return_z_loss, return_token_accuracy, return_predicted_tokens)

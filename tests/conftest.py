@@ -1,10 +1,18 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
 # Two cores are what the smallest machine has; one setting everywhere keeps CPU results comparable.
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# The same examples on every run: a failure is a failure for everybody.
+hypothesis.settings.register_profile(
+    "default", max_examples=40, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

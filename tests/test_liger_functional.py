@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops.transformers import functional as lf
+from tests.reference.rope import mrope as reference_mrope
 
 ROWS, HIDDEN, VOCAB = 6, 16, 40
 
@@ -55,6 +56,33 @@ def test_rope(device):
     with pytest.raises(ValueError, match="unsqueeze_dim must be 1 or 2"):
         lf.liger_rope(q, k, cos, sin, unsqueeze_dim=3)
     assert lf.liger_rotary_pos_emb is lf.liger_rope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_pos_emb_vision(device, dtype):
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    # One projection of patches holds q, k and v.
+    q, k, _ = torch.randn(10, 3, 4, 16, device=device, dtype=dtype).unbind(1)
+    cos, sin = torch.randn(2, 10, 16, device=device)
+    results = lf.liger_rotary_pos_emb_vision(q, k, cos, sin)
+    for actual, wanted in zip(results, apply_rotary_pos_emb_vision(q, k, cos, sin), strict=True):
+        assert actual.shape == wanted.shape and actual.dtype == dtype
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_qwen2vl_mrope(device):
+    q, k = torch.randn(2, 4, 6, 16, device=device), torch.randn(2, 2, 6, 16, device=device)
+    cos, sin = torch.randn(2, 3, 2, 6, 16, device=device)
+    section = [2, 3, 3]
+    results = lf.liger_qwen2vl_mrope(q, k, cos, sin, section)
+    for actual, wanted in zip(results, reference_mrope(q, k, cos, sin, section), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    heads_last = lf.liger_multimodal_rotary_pos_emb(
+        q.transpose(1, 2), k.transpose(1, 2), cos, sin, section, unsqueeze_dim=2
+    )
+    for actual, wanted in zip(heads_last, results, strict=True):
+        torch.testing.assert_close(actual.transpose(1, 2), wanted)
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")

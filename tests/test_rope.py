@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from liger_ops.functional import rope
+from liger_ops.functional import mrope, rope
 from tests.contract import BadCall, Case, Inputs, OperatorContract
+from tests.reference.rope import mrope as mrope_reference
 from tests.reference.rope import rope as reference
 
 
@@ -73,6 +74,55 @@ def expanded_heads(device, dtype):
     return Inputs((q, torch.randn(2, 1, 5, 16, device=device, dtype=dtype), *angles(device, dtype, 1, 5, 16)))
 
 
+def interleaved(make):
+    """The same call with neighbouring columns as pairs, each of one angle."""
+
+    def interleave(t):
+        return t[..., : t.shape[-1] // 2].repeat_interleave(2, dim=-1)
+
+    def make_interleaved(device, dtype):
+        q, k, cos, sin = make(device, dtype).args
+        return Inputs((q, k, interleave(cos), interleave(sin)), {"interleaved": True})
+
+    return make_interleaved
+
+
+def unequal_neighbours(device, dtype):
+    inputs = unequal_halves(device, dtype)
+    return Inputs(inputs.args, {"interleaved": True})
+
+
+def at_odd_address(make):
+    """q, k, cos and sin one element past an aligned address."""
+
+    def shifted(t):
+        if t is None:
+            return None
+        buffer = torch.empty(t.numel() + 1, device=t.device, dtype=t.dtype)
+        return buffer[1:].view(t.shape).copy_(t)
+
+    def make_shifted(device, dtype):
+        inputs = make(device, dtype)
+        return Inputs(tuple(map(shifted, inputs.args)), inputs.kwargs)
+
+    return make_shifted
+
+
+def large_case(with_planes, kwargs):
+    """More than 2**31 elements of q, and a small call on its last positions."""
+    positions, dim, last = 2**17 + 3, 128, 3
+    q = torch.randn(1, positions, 128, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k = torch.randn(1, positions, 1, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    cos_sin = [with_planes(a) for a in angles("cuda", torch.bfloat16, 1, positions, dim)]
+
+    def ending(t):
+        return t[..., -last:, :]
+
+    large = Inputs((q.requires_grad_(), k.requires_grad_(), *cos_sin), kwargs)
+    small = Inputs((*(ending(t.detach()).requires_grad_() for t in (q, k)), *map(ending, cos_sin)), kwargs)
+    return large, small, ending
+
+
 class TestRope(OperatorContract):
     function = staticmethod(rope)
     reference = staticmethod(reference)
@@ -91,7 +141,16 @@ class TestRope(OperatorContract):
         Case("two-dimensional angles", two_dimensional_angles, terms=2),
         Case("unequal halves", unequal_halves, terms=2),
         Case("transposed head_dim", transposed_head_dim, terms=2),
+        Case("odd address", at_odd_address(model_layout()), terms=2),
+        Case("interleaved", interleaved(model_layout()), terms=2),
+        Case("interleaved, float32 angles", interleaved(model_layout(angle_dtype=torch.float32)), terms=2),
+        Case(
+            "interleaved, partial, odd half", interleaved(model_layout(head_dim=20, rotary_dim=10)), terms=2
+        ),
+        Case("interleaved, unequal neighbours", unequal_neighbours, terms=2),
+        Case("interleaved, odd address", at_odd_address(interleaved(model_layout())), terms=2),
         Case("head_dim 128", model_layout(32, 8, 9, 128), terms=2, small=False),
+        Case("interleaved, head_dim 128", interleaved(model_layout(32, 8, 9, 128)), terms=2, small=False),
         Case("wide head", model_layout(2, 1, 5, 2304), terms=2, small=False),
     ]
     bad_calls = [
@@ -196,15 +255,82 @@ class TestRope(OperatorContract):
     ]
 
     def make_large(self):
-        batch, positions, dim = 1, 2**17 + 3, 128
-        q = torch.randn(batch, positions, 128, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        k = torch.randn(batch, positions, 1, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        cos, sin = angles("cuda", torch.bfloat16, 1, positions, dim)
-        large = Inputs((q.requires_grad_(), k.requires_grad_(), cos, sin))
-        small = Inputs(
-            tuple(t.detach()[:, :, -3:].requires_grad_() for t in (q, k)) + (cos[:, -3:], sin[:, -3:])
-        )
-        return large, small, lambda t: t[:, :, -3:]
+        return large_case(lambda angle: angle, {})
+
+
+def three_planes(
+    section, q_heads=4, k_heads=2, positions=6, head_dim=32, batch=2, angle_batch=2, angle_dtype=None
+):
+    def make(device, dtype):
+        q, k, _, _ = model_layout(q_heads, k_heads, positions, head_dim, batch=batch)(device, dtype).args
+        wide = angle_dtype if dtype != torch.float64 else None
+        cos_sin = angles(device, wide or dtype, 3, angle_batch, positions, 2 * sum(section))
+        return Inputs((q, k, *cos_sin), {"mrope_section": section})
+
+    return make
+
+
+def mrope_call(device, cos_shape, section):
+    q = torch.ones(1, 2, 4, 8, device=device)
+    angle = torch.ones(*cos_shape, device=device)
+    return Inputs((q, q, angle, angle), {"mrope_section": section})
+
+
+class TestMrope(OperatorContract):
+    function = staticmethod(mrope)
+    reference = staticmethod(mrope_reference)
+    differentiable = (0, 1)
+    cases = [
+        Case("aligned sections", three_planes([8, 8, 8], head_dim=48), terms=2),
+        Case(
+            "Qwen2-VL sections", three_planes([16, 24, 24], head_dim=128, positions=3), terms=2, small=False
+        ),
+        Case("unaligned sections", three_planes([3, 5, 8]), terms=2),
+        Case("empty section", three_planes([0, 16, 0]), terms=2),
+        Case("partial rotary", three_planes([2, 3, 3]), terms=2),
+        Case("shared by the batch", three_planes([4, 6, 6], angle_batch=1), terms=2),
+        Case("float32 angles", three_planes([4, 6, 6], angle_dtype=torch.float32), terms=2),
+        Case("odd address", at_odd_address(three_planes([8, 8, 8], head_dim=48)), terms=2),
+        Case("no positions", three_planes([4, 6, 6], positions=0), terms=2),
+    ]
+    bad_calls = [
+        BadCall(
+            "two-dimensional angles",
+            lambda d: mrope_call(d, (4, 8), [1, 1, 2]),
+            ValueError,
+            r"liger::mrope: cos must have shape \[3, 1 or 1, 4, rotary_dim\] \(batch and positions of q\), "
+            r"got \[4, 8\]",
+        ),
+        BadCall(
+            "sections that leave pairs out",
+            lambda d: mrope_call(d, (3, 1, 4, 8), [1, 1, 1]),
+            ValueError,
+            r"liger::mrope: mrope_section must be three sizes whose sum is half the last dimension of cos, "
+            r"4, got \[1, 1, 1\]",
+        ),
+        BadCall(
+            "two sections",
+            lambda d: mrope_call(d, (3, 1, 4, 8), [2, 2]),
+            ValueError,
+            r"mrope_section must be three sizes",
+        ),
+        BadCall(
+            "negative section",
+            lambda d: mrope_call(d, (3, 1, 4, 8), [-1, 4, 1]),
+            ValueError,
+            r"mrope_section must be three sizes",
+        ),
+    ]
+
+    def make_large(self):
+        return large_case(lambda angle: angle.expand(3, *angle.shape), {"mrope_section": [16, 24, 24]})
+
+
+def test_mrope_with_equal_planes_is_rope(device):
+    q, k, cos, sin = model_layout()(device, torch.float32).args
+    planes = (t.expand(3, *t.shape) for t in (cos, sin))
+    for result, expected in zip(mrope(q, k, *planes, [4, 5, 7]), rope(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(result, expected)
 
 
 def test_memory_order_is_kept(device):
@@ -234,6 +360,16 @@ def test_matches_transformers(device):
 
     q, k, cos, sin = model_layout(head_dim=64)(device, torch.float32).args
     for result, expected in zip(rope(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_interleaved_matches_transformers(device):
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb
+
+    q, k, cos, sin = interleaved(model_layout(head_dim=64))(device, torch.float32).args
+    for result, expected in zip(
+        rope(q, k, cos, sin, interleaved=True), apply_rotary_pos_emb(q, k, cos, sin), strict=True
+    ):
         torch.testing.assert_close(result, expected)
 
 

@@ -8,6 +8,9 @@ With u the unit roundoff of the dtype (half its eps) and e the eps of the dtype 
 - a sum of n terms in any order errs by at most n e times the largest partial sum, and by about sqrt(n) e for
   rounding errors of random sign. Hence `4 * e * sqrt(n) * max(|reference|)`; the 4 covers the few operations
   around the sum.
+
+Where the terms of all sums may cancel, their size has to be given: it then replaces the rms, and the max is
+at least as large.
 """
 
 from __future__ import annotations
@@ -22,15 +25,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allowed_error(reference: Tensor, dtype: torch.dtype, terms: int, roundings: int = 2) -> Tensor:
+def allowed_error(
+    reference: Tensor, dtype: torch.dtype, terms: int, roundings: int = 2, term_size: float | None = None
+) -> Tensor:
     """Elementwise bound on |result - reference| for a float64 reference."""
     u = torch.finfo(dtype).eps / 2
     e = torch.finfo(accumulate_dtype(dtype)).eps
     size = reference.abs()
     if reference.numel() == 0:
         return size
-    rms = reference.pow(2).mean().sqrt()
-    return roundings * u * (size + rms) + 4 * e * math.sqrt(max(terms, 1)) * size.max()
+    largest = size.max().item()
+    if term_size is None:
+        term_size = reference.pow(2).mean().sqrt().item()
+    else:
+        largest = max(largest, term_size)
+    return roundings * u * (size + term_size) + 4 * e * math.sqrt(max(terms, 1)) * largest
 
 
 def assert_within(
@@ -40,6 +49,7 @@ def assert_within(
     dtype: torch.dtype,
     terms: int,
     roundings: int = 2,
+    term_size: float | None = None,
     name: str = "result",
 ) -> None:
     """Fails with the largest errors and the share of the budget they use."""
@@ -48,7 +58,7 @@ def assert_within(
     error = (result.detach().to("cpu", torch.float64) - reference).abs()
     if error.numel() == 0:
         return
-    allowed = allowed_error(reference, dtype, terms, roundings)
+    allowed = allowed_error(reference, dtype, terms, roundings, term_size)
     finite = bool(torch.isfinite(error).all())
     # A reference of exactly 0 everywhere leaves no budget: then the result must be 0.
     share = torch.where(error == 0, torch.zeros_like(error), error / allowed).max().item()

@@ -1,17 +1,9 @@
-#include "ops/cross_entropy.h"
-
 #include "cpu/kernels.h"
 #include "ops/cross_entropy_rows.h"
 
 namespace liger {
 
 namespace {
-
-// f(A{}) for the accumulate type.
-template <typename F>
-void dispatch_accumulate(const at::Tensor& tensor, const F& f) {
-  tensor.scalar_type() == at::kDouble ? f(double{}) : f(float{});
-}
 
 void check_target(const char* op, int64_t target, int64_t position, int64_t classes, int64_t ignore_index) {
   TORCH_CHECK_INDEX(target == ignore_index || (target >= 0 && target < classes), "liger::", op,
@@ -49,9 +41,10 @@ void totals_cpu(const CrossEntropyTotals& args) {
   });
 }
 
+void* optional_out(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
 cpu::CrossEntropy kernel_arguments(const CrossEntropyRows& args) {
   const auto optional = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-  const auto optional_out = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   return {.dtype = args.logits.scalar_type(),
       .logits = args.logits.const_data_ptr(),
       .dlogits = optional_out(args.dlogits),
@@ -59,7 +52,6 @@ cpu::CrossEntropy kernel_arguments(const CrossEntropyRows& args) {
       .weight = optional(args.weight),
       .totals = args.totals.const_data_ptr(),
       .dloss = optional(args.dloss),
-      .ce = optional_out(args.ce),
       .rows = args.logits.size(0),
       .cols = args.logits.size(1),
       .logits_stride = args.logits.stride(0),
@@ -69,13 +61,17 @@ cpu::CrossEntropy kernel_arguments(const CrossEntropyRows& args) {
       .label_smoothing = args.options.label_smoothing,
       .lse_square_scale = args.options.lse_square_scale,
       .softcap = args.options.softcap,
+      .use_token_scaling = args.options.use_token_scaling,
       .divide = args.divide};
 }
 
 void forward_cpu(const CrossEntropyRows& args) {
   auto kernel = kernel_arguments(args);
+  kernel.ce = args.ce.mutable_data_ptr();
   kernel.lse_out = args.lse.mutable_data_ptr();
-  kernel.lse_low_out = args.lse_low.defined() ? args.lse_low.mutable_data_ptr() : nullptr;
+  kernel.lse_low_out = optional_out(args.lse_low);
+  kernel.row_scale = optional_out(args.row_scale);
+  kernel.predicted = static_cast<int64_t*>(optional_out(args.predicted));
   cpu::kernels().cross_entropy_forward(kernel);
 }
 
@@ -96,31 +92,50 @@ void reduce_cpu(const CrossEntropyReduce& args) {
     const int64_t tokens = args.lse.numel();
     const A* ce = args.ce.const_data_ptr<A>();
     const A* lse = args.lse.const_data_ptr<A>();
+    const A* row_scale = args.row_scale.defined() ? args.row_scale.const_data_ptr<A>() : nullptr;
     const A* totals = args.totals.const_data_ptr<A>();
+    const auto* target = args.target.const_data_ptr<int64_t>();
+    const auto* predicted = args.predicted.defined() ? args.predicted.const_data_ptr<int64_t>() : nullptr;
     A* loss = args.loss.mutable_data_ptr<A>();
     A* z_loss = args.z_loss.mutable_data_ptr<A>();
+    auto* accuracy = args.token_accuracy.defined() ? args.token_accuracy.mutable_data_ptr<float>() : nullptr;
     const double scale = args.options.lse_square_scale;
     const auto z = [&](int64_t i) {
-      return scale == 0 ? 0.0 : scale * static_cast<double>(lse[i]) * static_cast<double>(lse[i]);
+      if (scale == 0) return 0.0;
+      const double square = static_cast<double>(lse[i]) * static_cast<double>(lse[i]);
+      return scale * square * (row_scale == nullptr ? 1.0 : static_cast<double>(row_scale[i]));
     };
+    // Ignored rows have no prediction, and are never right: ignore_index may be the -1 that stands for that.
+    const auto counts = [&](int64_t i) { return predicted[i] >= 0; };
+    const auto right = [&](int64_t i) { return counts(i) && predicted[i] == target[i]; };
     if (args.options.reduction == Reduction::kNone) {
       for (int64_t i = 0; i < tokens; ++i) {
         z_loss[i] = static_cast<A>(z(i));
         loss[i] = static_cast<A>(static_cast<double>(ce[i]) + z(i));
+        if (accuracy != nullptr) accuracy[i] = right(i) ? 1.0f : 0.0f;
       }
       return;
     }
     double ce_sum = 0;
     double z_sum = 0;
+    int64_t right_count = 0;
+    int64_t count = 0;
     for (int64_t i = 0; i < tokens; ++i) {
       ce_sum += static_cast<double>(ce[i]);
       z_sum += z(i);
+      if (accuracy != nullptr) {
+        right_count += right(i);
+        count += counts(i);
+      }
     }
-    const auto over = [](double sum, A divisor) {
-      return divisor == 0 ? 0.0 : sum / static_cast<double>(divisor);
-    };
-    z_loss[0] = static_cast<A>(over(z_sum, totals[1]));
-    loss[0] = static_cast<A>(over(ce_sum, totals[0]) + over(z_sum, totals[1]));
+    const auto over = [](double sum, double divisor) { return divisor == 0 ? 0.0 : sum / divisor; };
+    const double ce_divisor = static_cast<double>(totals[0]);
+    const double z_divisor = static_cast<double>(totals[1]);
+    z_loss[0] = static_cast<A>(over(z_sum, z_divisor));
+    loss[0] = static_cast<A>(over(ce_sum, ce_divisor) + over(z_sum, z_divisor));
+    if (accuracy != nullptr) {
+      accuracy[0] = static_cast<float>(over(static_cast<double>(right_count), static_cast<double>(count)));
+    }
   });
 }
 
@@ -128,36 +143,5 @@ void reduce_cpu(const CrossEntropyReduce& args) {
 
 const CrossEntropyDevice kCrossEntropyCpu = {
     .totals = totals_cpu, .forward = forward_cpu, .backward = backward_cpu, .reduce = reduce_cpu};
-
-TensorTriple cross_entropy_cpu(const at::Tensor& logits, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  constexpr auto op = "cross_entropy";
-  const auto options = check_cross_entropy(
-      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  auto [loss, z_loss, lse, lse_low, totals] = cross_entropy_forward_rows(
-      kCrossEntropyCpu, op, logits, target, weight, options, /*need_lse_low=*/false);
-  return {loss, z_loss, lse};
-}
-
-CrossEntropyForward cross_entropy_forward_cpu(const at::Tensor& logits, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  constexpr auto op = "cross_entropy";
-  const auto options = check_cross_entropy(
-      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  return cross_entropy_forward_rows(
-      kCrossEntropyCpu, op, logits, target, weight, options, /*need_lse_low=*/true);
-}
-
-at::Tensor cross_entropy_backward_cpu(const at::Tensor& dloss, const at::Tensor& logits,
-    const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
-    const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  const auto options = check_cross_entropy_backward(dloss, logits, target, weight, lse, lse_low, totals,
-      ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  return cross_entropy_backward_rows(
-      kCrossEntropyCpu, dloss, logits, target, weight, lse, lse_low, totals, options);
-}
 
 }  // namespace liger

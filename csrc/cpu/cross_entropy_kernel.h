@@ -60,16 +60,29 @@ inline Accumulate<T> max_of(const T* x, int64_t size) {
   return larger(larger(most[0], most[1]), larger(most[2], most[3])).max();
 }
 
+// The first position of `value`, which is the maximum and occurs. NaN equals NaN here.
+template <typename T>
+inline int64_t first_of(const T* x, int64_t size, Accumulate<T> value) {
+  using A = Accumulate<T>;
+  constexpr int64_t kBlock = 128;
+  const auto found = [value](A v) { return v == value || (v != v && value != value); };
+  int64_t begin = 0;
+  while (!found(max_of(x + begin, std::min(kBlock, size - begin)))) begin += kBlock;
+  while (!found(static_cast<A>(x[begin]))) ++begin;
+  return begin;
+}
+
 template <typename A>
 struct RowStatistics {
   A max;                // of y
   double log_sum;       // log(sum(exp(y - max)))
   double weighted_sum;  // sum(w * y), with label smoothing only
+  int64_t argmax;       // the first class with the largest x, NaN being largest; if asked for
 };
 
 template <typename T, bool SOFTCAP, bool SMOOTHING>
 inline RowStatistics<Accumulate<T>> row_statistics(
-    const T* x, int64_t cols, Accumulate<T> softcap, const Accumulate<T>* weight) {
+    const T* x, int64_t cols, Accumulate<T> softcap, const Accumulate<T>* weight, bool find_argmax) {
   using P = Pack<T>;
   using A = Accumulate<T>;
   constexpr A lowest = -std::numeric_limits<A>::infinity();
@@ -77,9 +90,16 @@ inline RowStatistics<Accumulate<T>> row_statistics(
   A most = lowest;
   double sum = 0;
   double weighted_sum = 0;
+  A largest = lowest;  // of x: soft-capped, different logits may round to the same
+  int64_t argmax = 0;
   for (int64_t begin = 0; begin < cols; begin += kSegment) {
     const int64_t size = std::min(kSegment, cols - begin);
-    const A segment_max = soft_capped(max_of(x + begin, size), softcap);
+    const A largest_here = max_of(x + begin, size);
+    if (find_argmax && (largest_here > largest || (largest_here != largest_here && largest == largest))) {
+      largest = largest_here;
+      argmax = begin + first_of(x + begin, size, largest);
+    }
+    const A segment_max = soft_capped(largest_here, softcap);
     // Not "segment_max > most": NaN has to come through.
     if (!(segment_max <= most)) {
       sum *= std::exp(static_cast<double>(most) - static_cast<double>(segment_max));
@@ -115,15 +135,17 @@ inline RowStatistics<Accumulate<T>> row_statistics(
       weighted_sum += static_cast<double>(shifted_sum.sum()) + static_cast<double>(most) * segment_weight;
     }
   }
-  return {most, std::log(sum), weighted_sum};
+  return {most, std::log(sum), weighted_sum, argmax};
 }
 
 // What a row needs besides its logits.
 template <typename A>
 struct RowContext {
-  A lse, lse_low;
+  A y_target, lse, lse_low;
   A target_weight;
-  A ce_scale, z_scale;  // upstream gradient over divisor
+  A ce_scale, z_scale;  // upstream gradient times the factor of token scaling, over divisor
+
+  A log_p() const { return (y_target - lse) - lse_low; }
 };
 
 // dx may be x.
@@ -141,11 +163,10 @@ inline void row_gradient(
 
   // The true class apart: with p - 1 from expm1 nothing cancels, and it is
   // rounded once.
-  const A y_target = soft_capped(static_cast<A>(x[target]), softcap);
-  const A log_p = (y_target - row.lse) - row.lse_low;
-  A d_target = row.ce_scale * (ce_factor * std::expm1(log_p) + smoothing * (weight_sum - row.target_weight)) +
-      row.z_scale * z_factor * std::exp(log_p);
-  if constexpr (SOFTCAP) d_target *= (1 - y_target / softcap) * (1 + y_target / softcap);
+  A d_target =
+      row.ce_scale * (ce_factor * std::expm1(row.log_p()) + smoothing * (weight_sum - row.target_weight)) +
+      row.z_scale * z_factor * std::exp(row.log_p());
+  if constexpr (SOFTCAP) d_target *= (1 - row.y_target / softcap) * (1 + row.y_target / softcap);
 
   const auto lse = P::fill(row.lse);
   const auto lse_low = P::fill(row.lse_low);
@@ -185,14 +206,15 @@ inline void dispatch_cross_entropy(const CrossEntropy& args, const F& f) {
 }
 
 template <typename A>
-inline RowContext<A> row_context(const CrossEntropy& args, int64_t row, int64_t target) {
+inline RowContext<A> row_context(
+    const CrossEntropy& args, int64_t row, int64_t target, A y_target, A lse, A lse_low) {
+  RowContext<A> context{.y_target = y_target, .lse = lse, .lse_low = lse_low};
   const auto* totals = static_cast<const A*>(args.totals);
-  const A upstream =
-      args.dloss == nullptr ? A(1) : static_cast<const A*>(args.dloss)[row * args.dloss_stride];
+  A upstream = args.dloss == nullptr ? A(1) : static_cast<const A*>(args.dloss)[row * args.dloss_stride];
+  if (args.use_token_scaling) upstream *= std::exp(context.log_p());
   int exponent = 0;
   const A ce_divisor = args.divide ? totals[0] : std::frexp(totals[0], &exponent);
   const A z_divisor = std::ldexp(totals[1], -exponent);
-  RowContext<A> context{};
   context.target_weight = args.weight == nullptr ? A(1) : static_cast<const A*>(args.weight)[target];
   context.ce_scale = ce_divisor == 0 ? A(0) : upstream / ce_divisor;
   context.z_scale = z_divisor == 0 ? A(0) : upstream / z_divisor;
@@ -208,38 +230,44 @@ inline void cross_entropy_forward(const CrossEntropy& args) {
     auto* ce = static_cast<A*>(args.ce);
     auto* lse = static_cast<A*>(args.lse_out);
     auto* lse_low = static_cast<A*>(args.lse_low_out);
+    auto* row_scale = static_cast<A*>(args.row_scale);
     at::parallel_for(0, args.rows, row_grain(args.cols), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* x = static_cast<const T*>(args.logits) + row * args.logits_stride;
         T* dx = args.dlogits == nullptr ? nullptr : static_cast<T*>(args.dlogits) + row * args.dlogits_stride;
         const int64_t target = args.target[row];
         if (target == args.ignore_index) {
-          if (ce != nullptr) ce[row] = 0;
+          ce[row] = 0;
           if (lse_low != nullptr) lse_low[row] = 0;
           lse[row] = 0;
+          if (row_scale != nullptr) row_scale[row] = 0;
+          if (args.predicted != nullptr) args.predicted[row] = -1;
           if (dx != nullptr) std::fill(dx, dx + args.cols, static_cast<T>(0.0f));
           continue;
         }
         const A cap = static_cast<A>(args.softcap);
-        const auto statistics =
-            row_statistics<T, kSoftcap, kSmoothing>(x, args.cols, cap, static_cast<const A*>(args.weight));
-        auto context = row_context<A>(args, row, target);
+        const auto statistics = row_statistics<T, kSoftcap, kSmoothing>(
+            x, args.cols, cap, static_cast<const A*>(args.weight), args.predicted != nullptr);
+        if (args.predicted != nullptr) args.predicted[row] = statistics.argmax;
         const double max = static_cast<double>(statistics.max);
-        context.lse = static_cast<A>(max + statistics.log_sum);
-        context.lse_low = static_cast<A>((max - static_cast<double>(context.lse)) + statistics.log_sum);
-        lse[row] = context.lse;
-        if (lse_low != nullptr) lse_low[row] = context.lse_low;
-        if (ce != nullptr) {
-          const double y_target = static_cast<double>(soft_capped(static_cast<A>(x[target]), cap));
-          double loss = (1 - args.label_smoothing) * static_cast<double>(context.target_weight) *
-              ((max - y_target) + statistics.log_sum);
-          if constexpr (kSmoothing) {
-            const double weight_sum = static_cast<double>(static_cast<const A*>(args.totals)[2]);
-            loss += args.label_smoothing / static_cast<double>(args.cols) *
-                (weight_sum * (max + statistics.log_sum) - statistics.weighted_sum);
-          }
-          ce[row] = static_cast<A>(loss);
+        lse[row] = static_cast<A>(max + statistics.log_sum);
+        const A low = static_cast<A>((max - static_cast<double>(lse[row])) + statistics.log_sum);
+        if (lse_low != nullptr) lse_low[row] = low;
+        const A y_target = soft_capped(static_cast<A>(x[target]), cap);
+        const auto context = row_context<A>(args, row, target, y_target, lse[row], low);
+        const double neg_log_p = (max - static_cast<double>(y_target)) + statistics.log_sum;
+        double loss = (1 - args.label_smoothing) * static_cast<double>(context.target_weight) * neg_log_p;
+        if constexpr (kSmoothing) {
+          const double weight_sum = static_cast<double>(static_cast<const A*>(args.totals)[2]);
+          loss += args.label_smoothing / static_cast<double>(args.cols) *
+              (weight_sum * (max + statistics.log_sum) - statistics.weighted_sum);
         }
+        if (args.use_token_scaling) {
+          const double p = std::exp(-neg_log_p);
+          loss *= p;
+          row_scale[row] = static_cast<A>(p);
+        }
+        ce[row] = static_cast<A>(loss);
         if (dx != nullptr) row_gradient<T, kSoftcap, kSmoothing>(args, x, dx, target, context);
       }
     });
@@ -259,9 +287,9 @@ inline void cross_entropy_backward(const CrossEntropy& args) {
           std::fill(dx, dx + args.cols, static_cast<T>(0.0f));
           continue;
         }
-        auto context = row_context<A>(args, row, target);
-        context.lse = static_cast<const A*>(args.lse)[row];
-        context.lse_low = static_cast<const A*>(args.lse_low)[row];
+        const A y_target = soft_capped(static_cast<A>(x[target]), static_cast<A>(args.softcap));
+        const auto context = row_context<A>(args, row, target, y_target, static_cast<const A*>(args.lse)[row],
+            static_cast<const A*>(args.lse_low)[row]);
         row_gradient<T, decltype(softcap)::value, decltype(smoothing)::value>(args, x, dx, target, context);
       }
     });

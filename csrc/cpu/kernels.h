@@ -50,7 +50,9 @@ struct Rope {
   const void* cos;
   const void* sin;
   int64_t batch, positions, head_dim, rotary_dim;
-  int64_t cos_strides[2], sin_strides[2];  // batch (0 when shared), position
+  int64_t cos_strides[3], sin_strides[3];  // plane, batch (both 0 when shared), position
+  int64_t section_ends[2];                 // pairs from these on read plane 1, plane 2
+  bool interleaved;                        // pairs are neighbours, not half of rotary_dim apart
   bool inverse;                            // the transposed rotation, for backward
 };
 
@@ -74,16 +76,19 @@ struct CrossEntropy {
   const void* weight;     // A[cols], or null
   const void* totals;     // A[3]
   const void* dloss;      // A, one or [rows] by dloss_stride (0 or 1), or null for 1
-  void* ce;               // forward: A[rows], or null
+  void* ce;               // forward: A[rows]
   void* lse_out;          // forward: A[rows]
   void* lse_low_out;      // forward: A[rows], or null
+  void* row_scale;        // forward: A[rows], or null without token scaling
+  int64_t* predicted;     // forward: [rows], or null
   const void* lse;        // backward: A[rows]
   const void* lse_low;    // backward: A[rows]
   int64_t rows, cols, logits_stride, dlogits_stride, dloss_stride;
   int64_t ignore_index;
   double label_smoothing, lse_square_scale;
   double softcap;  // 0: none
-  bool divide;     // see ops/cross_entropy_rows.h
+  bool use_token_scaling;
+  bool divide;  // see ops/cross_entropy_rows.h
 };
 
 struct Scale {

@@ -7,9 +7,11 @@
 
 namespace liger {
 
+using at::Tensor;
+
 namespace {
 
-cpu::RopeTensor describe(const at::Tensor& x, const at::Tensor& out) {
+cpu::RopeTensor describe(const Tensor& x, const Tensor& out) {
   return {.x = x.const_data_ptr(),
       .out = out.mutable_data_ptr(),
       .heads = x.size(1),
@@ -17,8 +19,9 @@ cpu::RopeTensor describe(const at::Tensor& x, const at::Tensor& out) {
       .out_strides = {out.stride(0), out.stride(1), out.stride(2)}};
 }
 
-TensorPair rotate(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin, bool inverse) {
+TensorPair rotate(const Rotation& rotation) {
+  check_rotation(rotation);
+  const Tensor &q = rotation.q, &k = rotation.k, &cos = rotation.cos, &sin = rotation.sin;
   auto q_out = at::empty_like(q);
   auto k_out = at::empty_like(k);
   // An output lacks a unit last stride only where its input does; it is then filled through a buffer that
@@ -26,9 +29,7 @@ TensorPair rotate(
   const auto q_in = with_unit_last_stride(q), k_in = with_unit_last_stride(k);
   const auto q_dense = with_unit_last_stride(q_out), k_dense = with_unit_last_stride(k_out);
   const auto cos_in = with_unit_last_stride(cos), sin_in = with_unit_last_stride(sin);
-  const auto batch_stride = [](const at::Tensor& t) {
-    return t.dim() == 3 && t.size(0) > 1 ? t.stride(0) : 0;
-  };
+  const auto [first_end, second_end] = rotation.section_ends();
   cpu::kernels().rope(cpu::Rope{.dtype = q.scalar_type(),
       .angle_dtype = cos.scalar_type(),
       .tensors = {describe(q_in, q_dense), describe(k_in, k_dense)},
@@ -38,9 +39,11 @@ TensorPair rotate(
       .positions = q.size(2),
       .head_dim = q.size(3),
       .rotary_dim = cos.size(-1),
-      .cos_strides = {batch_stride(cos_in), cos_in.stride(-2)},
-      .sin_strides = {batch_stride(sin_in), sin_in.stride(-2)},
-      .inverse = inverse});
+      .cos_strides = {plane_stride(cos_in), batch_stride(cos_in), cos_in.stride(-2)},
+      .sin_strides = {plane_stride(sin_in), batch_stride(sin_in), sin_in.stride(-2)},
+      .section_ends = {first_end, second_end},
+      .interleaved = rotation.interleaved,
+      .inverse = rotation.backward});
   if (!q_dense.is_same(q_out)) q_out.copy_(q_dense);
   if (!k_dense.is_same(k_out)) k_out.copy_(k_dense);
   return {q_out, k_out};
@@ -48,15 +51,36 @@ TensorPair rotate(
 
 }  // namespace
 
-TensorPair rope_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin) {
-  check_rope("rope", q, k, cos, sin);
-  return rotate(q, k, cos, sin, /*inverse=*/false);
+TensorPair rope_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  return rotate({.op = "rope", .q = q, .k = k, .cos = cos, .sin = sin, .interleaved = interleaved});
 }
 
 TensorPair rope_backward_cpu(
-    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos, const at::Tensor& sin) {
-  check_rope("rope_backward", dq, dk, cos, sin);
-  return rotate(dq, dk, cos, sin, /*inverse=*/true);
+    const Tensor& dq, const Tensor& dk, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  return rotate({.op = "rope_backward",
+      .q = dq,
+      .k = dk,
+      .cos = cos,
+      .sin = sin,
+      .interleaved = interleaved,
+      .backward = true});
+}
+
+TensorPair mrope_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, at::IntArrayRef mrope_section) {
+  return rotate({.op = "mrope", .q = q, .k = k, .cos = cos, .sin = sin, .mrope_section = mrope_section});
+}
+
+TensorPair mrope_backward_cpu(
+    const Tensor& dq, const Tensor& dk, const Tensor& cos, const Tensor& sin, at::IntArrayRef mrope_section) {
+  return rotate({.op = "mrope_backward",
+      .q = dq,
+      .k = dk,
+      .cos = cos,
+      .sin = sin,
+      .mrope_section = mrope_section,
+      .backward = true});
 }
 
 }  // namespace liger

@@ -1,18 +1,11 @@
 #include "cuda/cross_entropy.cuh"
 
 #include "cuda/launch.h"
-#include "ops/cross_entropy.h"
 #include "ops/cross_entropy_rows.h"
 
 namespace liger {
 
 namespace {
-
-// f(A{}) for the accumulate type.
-template <typename F>
-void dispatch_accumulate(const at::Tensor& tensor, const F& f) {
-  tensor.scalar_type() == at::kDouble ? f(double{}) : f(float{});
-}
 
 template <typename A>
 const A* pointer(const at::Tensor& tensor) {
@@ -51,6 +44,8 @@ cuda::CrossEntropyArguments<T> kernel_arguments(const CrossEntropyRows& args) {
       // Forward writes them, backward reads what was saved.
       .lse = const_cast<A*>(pointer<A>(args.lse)),
       .lse_low = const_cast<A*>(pointer<A>(args.lse_low)),
+      .row_scale = mutable_pointer<A>(args.row_scale),
+      .predicted = mutable_pointer<int64_t>(args.predicted),
       .rows = args.logits.size(0),
       .logits_stride = args.logits.stride(0),
       .dlogits_stride = gradient ? args.dlogits.stride(0) : 0,
@@ -60,10 +55,11 @@ cuda::CrossEntropyArguments<T> kernel_arguments(const CrossEntropyRows& args) {
       .label_smoothing = static_cast<A>(args.options.label_smoothing),
       .lse_square_scale = static_cast<A>(args.options.lse_square_scale),
       .softcap = static_cast<A>(args.options.softcap),
+      .use_token_scaling = args.options.use_token_scaling,
       .divide = args.divide};
 }
 
-// launch(T{}, plain) with plain as a compile-time constant: neither soft-cap nor label smoothing.
+// launch(T{}, plain), the latter a compile-time boolean: neither soft-cap nor label smoothing.
 template <typename F>
 void dispatch_rows(const CrossEntropyRows& args, const F& launch) {
   // Columns are counted in 32 bits, up to four vectors a thread past the end.
@@ -97,17 +93,22 @@ void forward_cuda(const CrossEntropyRows& args) {
   if (args.logits.size(0) == 0) return;
   const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
   const auto stream = at::cuda::getCurrentCUDAStream();
+  const auto dispatch_argmax = [&](const auto& launch) {
+    args.predicted.defined() ? launch(std::true_type{}) : launch(std::false_type{});
+  };
   dispatch_rows(args, [&](auto element, auto plain) {
     using T = decltype(element);
     const auto arguments = kernel_arguments<T>(args);
-    if (!args.dlogits.defined()) {
-      cuda::cross_entropy_forward_kernel<T, plain(), false, kThreads>
-          <<<blocks, kThreads, 0, stream>>>(arguments);
-      return;
-    }
-    dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
-      cuda::cross_entropy_forward_kernel<T, plain(), true, threads()>
-          <<<blocks, threads(), 0, stream>>>(arguments);
+    dispatch_argmax([&](auto argmax) {
+      if (!args.dlogits.defined()) {
+        cuda::cross_entropy_forward_kernel<T, plain(), false, argmax(), kThreads>
+            <<<blocks, kThreads, 0, stream>>>(arguments);
+        return;
+      }
+      dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
+        cuda::cross_entropy_forward_kernel<T, plain(), true, argmax(), threads()>
+            <<<blocks, threads(), 0, stream>>>(arguments);
+      });
     });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -130,18 +131,22 @@ void reduce_cuda(const CrossEntropyReduce& args) {
   const int64_t tokens = args.lse.numel();
   dispatch_accumulate(args.lse, [&](auto accumulate) {
     using A = decltype(accumulate);
-    const A* ce = args.ce.const_data_ptr<A>();
-    const A* lse = args.lse.const_data_ptr<A>();
-    const A scale = static_cast<A>(args.options.lse_square_scale);
-    A* loss = args.loss.mutable_data_ptr<A>();
-    A* z_loss = args.z_loss.mutable_data_ptr<A>();
+    const cuda::CrossEntropyReduceArguments<A> arguments = {.ce = pointer<A>(args.ce),
+        .lse = pointer<A>(args.lse),
+        .row_scale = pointer<A>(args.row_scale),
+        .totals = pointer<A>(args.totals),
+        .target = pointer<int64_t>(args.target),
+        .predicted = pointer<int64_t>(args.predicted),
+        .loss = mutable_pointer<A>(args.loss),
+        .z_loss = mutable_pointer<A>(args.z_loss),
+        .token_accuracy = mutable_pointer<float>(args.token_accuracy),
+        .tokens = tokens,
+        .lse_square_scale = static_cast<A>(args.options.lse_square_scale)};
     if (args.options.reduction != Reduction::kNone) {
-      cuda::cross_entropy_reduce_kernel<A><<<1, cuda::kTotalsThreads, 0, stream>>>(
-          ce, lse, args.totals.const_data_ptr<A>(), tokens, scale, loss, z_loss);
+      cuda::cross_entropy_reduce_kernel<A><<<1, cuda::kTotalsThreads, 0, stream>>>(arguments);
     } else if (tokens > 0) {
       const auto blocks = cuda::grid_size("cross_entropy", tokens, kThreads);
-      cuda::cross_entropy_unreduced_kernel<A>
-          <<<blocks, kThreads, 0, stream>>>(ce, lse, tokens, scale, loss, z_loss);
+      cuda::cross_entropy_unreduced_kernel<A><<<blocks, kThreads, 0, stream>>>(arguments);
     }
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -151,39 +156,5 @@ void reduce_cuda(const CrossEntropyReduce& args) {
 
 const CrossEntropyDevice kCrossEntropyCuda = {
     .totals = totals_cuda, .forward = forward_cuda, .backward = backward_cuda, .reduce = reduce_cuda};
-
-TensorTriple cross_entropy_cuda(const at::Tensor& logits, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  constexpr auto op = "cross_entropy";
-  const auto options = check_cross_entropy(
-      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  const c10::cuda::CUDAGuard device_guard(logits.device());
-  auto [loss, z_loss, lse, lse_low, totals] = cross_entropy_forward_rows(
-      kCrossEntropyCuda, op, logits, target, weight, options, /*need_lse_low=*/false);
-  return {loss, z_loss, lse};
-}
-
-CrossEntropyForward cross_entropy_forward_cuda(const at::Tensor& logits, const at::Tensor& target,
-    const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  constexpr auto op = "cross_entropy";
-  const auto options = check_cross_entropy(
-      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  const c10::cuda::CUDAGuard device_guard(logits.device());
-  return cross_entropy_forward_rows(
-      kCrossEntropyCuda, op, logits, target, weight, options, /*need_lse_low=*/true);
-}
-
-at::Tensor cross_entropy_backward_cuda(const at::Tensor& dloss, const at::Tensor& logits,
-    const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
-    const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  const auto options = check_cross_entropy_backward(dloss, logits, target, weight, lse, lse_low, totals,
-      ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-  const c10::cuda::CUDAGuard device_guard(logits.device());
-  return cross_entropy_backward_rows(
-      kCrossEntropyCuda, dloss, logits, target, weight, lse, lse_low, totals, options);
-}
 
 }  // namespace liger

@@ -9,12 +9,14 @@
 //
 // Bytes: loss alone reads the logits once. Loss and gradient read them once from memory, once from L2, and
 // write the gradient once. Backward reads and writes once. Rows start at any element: up to one vector of
-// scalars at either end makes the rest 16-byte aligned. Ignored rows are not read.
+// scalars at either end makes the rest 16-byte aligned. Ignored rows are not read. Predicted tokens come out
+// of the first read, token scaling out of what a row knows anyway.
 //
 // No atomics, fixed order throughout: bitwise reproducible on a given GPU.
 
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
+#include <limits>
 
 #include "cuda/common/vec.cuh"
 
@@ -51,14 +53,17 @@ struct CrossEntropyArguments {
   const A* weight;        // [cols] or null for 1
   const A* totals;        // [3]
   const A* dloss;         // [rows] or one, by dloss_stride (1 or 0); null for 1
-  A* ce;                  // forward: [rows] or null
+  A* ce;                  // forward: [rows]
   A* lse;                 // [rows], written by forward, read by backward
   A* lse_low;             // likewise; null in a forward pass that does not keep it
+  A* row_scale;           // forward: [rows], the factors of token scaling; null without
+  int64_t* predicted;     // forward: [rows], with ARGMAX
   int64_t rows, logits_stride, dlogits_stride;
   int cols, dloss_stride;
   int64_t ignore_index;
   A label_smoothing, lse_square_scale;
-  A softcap;    // 0: none
+  A softcap;  // 0: none
+  bool use_token_scaling;
   bool divide;  // see ops/cross_entropy_rows.h
 };
 
@@ -107,6 +112,32 @@ struct CombineMaxAndSum {
   }
 };
 
+// A largest element and the first column that holds one; NaN counts as largest, as in torch.argmax. A row of
+// nothing but -inf keeps column 0.
+template <typename A>
+struct FirstMaximum {
+  A value = -std::numeric_limits<A>::infinity();
+  int col = 0;
+
+  // The next columns, in rising order.
+  __device__ __forceinline__ void add(A x, int at) {
+    if (x > value || (x != x && value == value)) {
+      value = x;
+      col = at;
+    }
+  }
+};
+
+template <typename A>
+struct CombineFirstMaxima {
+  __device__ __forceinline__ FirstMaximum<A> operator()(
+      const FirstMaximum<A>& a, const FirstMaximum<A>& b) const {
+    const bool a_nan = a.value != a.value, b_nan = b.value != b.value;
+    const bool equal = a.value == b.value || (a_nan && b_nan);
+    return (equal ? b.col < a.col : b_nan || b.value > a.value) ? b : a;
+  }
+};
+
 // PLAIN: neither soft-cap nor label smoothing, the common case.
 template <typename T, bool PLAIN>
 __device__ __forceinline__ Accumulate<T> soft_capped(Accumulate<T> x, Accumulate<T> softcap) {
@@ -141,7 +172,9 @@ template <typename T>
 __device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEntropyArguments<T>& args,
     int64_t row, int64_t target, Accumulate<T> y_target, Accumulate<T> lse, Accumulate<T> lse_low) {
   using A = Accumulate<T>;
-  const A upstream = args.dloss == nullptr ? A(1) : args.dloss[row * args.dloss_stride];
+  const A log_p = (y_target - lse) - lse_low;
+  A upstream = args.dloss == nullptr ? A(1) : args.dloss[row * args.dloss_stride];
+  if (args.use_token_scaling) upstream *= exponential<A>(log_p);
   const A ce_total = args.totals[0], z_total = args.totals[1], weight_sum = args.totals[2];
   int exponent = 0;
   const A ce_divisor = args.divide ? ce_total : split(ce_total, &exponent);
@@ -159,7 +192,6 @@ __device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEn
   gradient.p_scale = ce_scale * ce_factor + z_scale * z_factor;
   gradient.smooth_scale = ce_scale * smoothing;
   // With p - 1 from expm1 nothing cancels as p goes to 1, and the result is rounded once.
-  const A log_p = (y_target - lse) - lse_low;
   const A p_minus_1 = exponential_minus_1(log_p);
   gradient.d_target = ce_scale * (ce_factor * p_minus_1 + smoothing * (weight_sum - target_weight)) +
       z_scale * z_factor * (1 + p_minus_1);
@@ -248,12 +280,13 @@ __device__ __forceinline__ void write_zeros(T* dx, int cols) {
 }
 
 // The running maximum and sum of a thread, and with label smoothing the sum of w * (y - y_t): a sum of w * y
-// would lose the digits of large logits that differ little.
-template <typename T, bool PLAIN>
+// would lose the digits of large logits that differ little. ARGMAX: also where the largest logit is.
+template <typename T, bool PLAIN, bool ARGMAX>
 struct RunningStatistics {
   using A = Accumulate<T>;
   A max = lowest<A>(), sum = 0, weighted = 0;
   A y_target = 0;  // with label smoothing
+  FirstMaximum<A> first;
 
   template <int N>
   __device__ __forceinline__ void add(const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
@@ -268,6 +301,21 @@ struct RunningStatistics {
     max = most;
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += exponential<T>(y[i] - most);
+    if constexpr (ARGMAX) {
+      // Of the logits themselves: soft-capped, different ones may round to the same.
+      A largest = most;
+      if constexpr (!PLAIN) {
+        largest = widen(values[0]);
+#pragma unroll
+        for (int i = 1; i < N; ++i) largest = larger(largest, widen(values[i]));
+      }
+      // The elements are looked at one by one when there is something to find, which is rare: a new maximum,
+      // or a NaN, which passes by `larger` but not by the sum.
+      if (largest > first.value || sum != sum) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) first.add(widen(values[i]), col + i);
+      }
+    }
     if constexpr (!PLAIN) {
       if (args.label_smoothing != 0) {
 #pragma unroll
@@ -279,20 +327,23 @@ struct RunningStatistics {
   }
 };
 
-// GRADIENT: also writes the gradient, into dlogits. The registers of a multiprocessor hold 1024 / THREADS
-// blocks: with a row a block, that is the number of rows in flight.
-template <typename T, bool PLAIN, bool GRADIENT, int THREADS>
+// GRADIENT: also writes the gradient, into dlogits. ARGMAX: also writes the predicted class. The registers of
+// a multiprocessor hold 1024 / THREADS blocks: with a row a block, that is the number of rows in flight.
+template <typename T, bool PLAIN, bool GRADIENT, bool ARGMAX, int THREADS>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
     cross_entropy_forward_kernel(CrossEntropyArguments<T> args) {
   using A = Accumulate<T>;
   using Pair = MaxAndSum<A>;
   using ReducePair = cub::BlockReduce<Pair, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   using ReduceSum = cub::BlockReduce<double, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  using ReduceFirst = cub::BlockReduce<FirstMaximum<A>, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   constexpr int kVec = kVecSize<T>;
-  constexpr int kUnroll = 4;
+  // Vectors in flight, as many as the registers hold.
+  constexpr int kUnroll = ARGMAX && !PLAIN ? 2 : 4;
   __shared__ union {
     typename ReducePair::TempStorage pair;
     typename ReduceSum::TempStorage sum;
+    typename ReduceFirst::TempStorage first;
   } storage;
   __shared__ A shared_lse, shared_lse_low, shared_y_target;
 
@@ -305,15 +356,17 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
   // cross_entropy_totals_kernel reported targets out of range; here they must do no harm.
   if (target == args.ignore_index || target < 0 || target >= args.cols) {
     if (lane == 0) {
-      if (args.ce != nullptr) args.ce[row] = 0;
+      args.ce[row] = 0;
       if (args.lse_low != nullptr) args.lse_low[row] = 0;
       args.lse[row] = 0;
+      if (args.row_scale != nullptr) args.row_scale[row] = 0;
+      if constexpr (ARGMAX) args.predicted[row] = -1;
     }
     if constexpr (GRADIENT) write_zeros<T, THREADS>(dx, args.cols);
     return;
   }
 
-  RunningStatistics<T, PLAIN> running;
+  RunningStatistics<T, PLAIN, ARGMAX> running;
   if constexpr (!PLAIN) {
     if (args.label_smoothing != 0) running.y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
   }
@@ -341,6 +394,11 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
     running.add(args, value, spans.tail + lane);
   }
 
+  if constexpr (ARGMAX) {
+    const auto first = ReduceFirst(storage.first).Reduce(running.first, CombineFirstMaxima<A>{});
+    if (lane == 0) args.predicted[row] = first.col;
+    __syncthreads();  // the storage is used again
+  }
   double weighted = 0;
   if constexpr (!PLAIN) {
     if (args.label_smoothing != 0) {
@@ -357,19 +415,22 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
     const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
     args.lse[row] = lse;
     if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
-    if (args.ce != nullptr) {
-      const double smoothing = args.label_smoothing;
-      const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
-      const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
-      double loss = (1 - smoothing) * target_weight * neg_log_p;
-      if constexpr (!PLAIN) {
-        if (smoothing != 0) {
-          const double weight_sum = args.totals[2];
-          loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
-        }
+    const double smoothing = args.label_smoothing;
+    const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
+    const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
+    double loss = (1 - smoothing) * target_weight * neg_log_p;
+    if constexpr (!PLAIN) {
+      if (smoothing != 0) {
+        const double weight_sum = args.totals[2];
+        loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
       }
-      args.ce[row] = static_cast<A>(loss);
     }
+    if (args.use_token_scaling) {
+      const double p = exp(-neg_log_p);
+      loss *= p;
+      args.row_scale[row] = static_cast<A>(p);
+    }
+    args.ce[row] = static_cast<A>(loss);
     shared_lse = lse;
     shared_lse_low = lse_low;
     shared_y_target = y_target;
@@ -442,36 +503,66 @@ __global__ void __launch_bounds__(kTotalsThreads)
   totals[2] = static_cast<A>(weight == nullptr ? static_cast<double>(classes) : weight_sum);
 }
 
-// One block: loss and z_loss over all rows, summed in float64.
+// Fields of ops/cross_entropy_rows.h; null where there is none.
 template <typename A>
-__global__ void __launch_bounds__(kTotalsThreads) cross_entropy_reduce_kernel(
-    const A* ce, const A* lse, const A* totals, int64_t tokens, A lse_square_scale, A* loss, A* z_loss) {
+struct CrossEntropyReduceArguments {
+  const A *ce, *lse, *row_scale, *totals;
+  const int64_t *target, *predicted;
+  A *loss, *z_loss;
+  float* token_accuracy;  // or null
+  int64_t tokens;
+  A lse_square_scale;
+
+  __device__ __forceinline__ double z(int64_t i) const {
+    const double scale = row_scale == nullptr ? 1.0 : static_cast<double>(row_scale[i]);
+    return scale * static_cast<double>(lse[i]) * static_cast<double>(lse[i]);
+  }
+  // Ignored rows have no prediction, and are never right: ignore_index may be the -1 that stands for that.
+  __device__ __forceinline__ bool counts(int64_t i) const { return predicted[i] >= 0; }
+  __device__ __forceinline__ bool right(int64_t i) const { return counts(i) && predicted[i] == target[i]; }
+};
+
+// One block: loss and z_loss over all rows, summed in float64, and the share of rows predicted right.
+template <typename A>
+__global__ void __launch_bounds__(kTotalsThreads)
+    cross_entropy_reduce_kernel(CrossEntropyReduceArguments<A> args) {
   using Reduce = cub::BlockReduce<double, kTotalsThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   __shared__ typename Reduce::TempStorage storage;
-  double ce_sum = 0, z_sum = 0;
-  for (int64_t i = threadIdx.x; i < tokens; i += kTotalsThreads) {
-    ce_sum += static_cast<double>(ce[i]);
-    z_sum += static_cast<double>(lse[i]) * static_cast<double>(lse[i]);
+  double ce_sum = 0, z_sum = 0, right = 0, count = 0;
+  for (int64_t i = threadIdx.x; i < args.tokens; i += kTotalsThreads) {
+    ce_sum += static_cast<double>(args.ce[i]);
+    z_sum += args.z(i);
+    if (args.token_accuracy != nullptr) {
+      right += args.right(i);
+      count += args.counts(i);
+    }
   }
   ce_sum = Reduce(storage).Sum(ce_sum);
   __syncthreads();
   z_sum = Reduce(storage).Sum(z_sum);
+  if (args.token_accuracy != nullptr) {
+    __syncthreads();
+    right = Reduce(storage).Sum(right);
+    __syncthreads();
+    count = Reduce(storage).Sum(count);
+    if (threadIdx.x == 0) *args.token_accuracy = count == 0 ? 0.0f : static_cast<float>(right / count);
+  }
   if (threadIdx.x != 0) return;
-  const double ce_total = totals[0], z_total = totals[1], scale = lse_square_scale;
+  const double ce_total = args.totals[0], z_total = args.totals[1], scale = args.lse_square_scale;
   const double z = scale == 0 || z_total == 0 ? 0.0 : scale * z_sum / z_total;
-  *z_loss = static_cast<A>(z);
-  *loss = static_cast<A>((ce_total == 0 ? 0.0 : ce_sum / ce_total) + z);
+  *args.z_loss = static_cast<A>(z);
+  *args.loss = static_cast<A>((ce_total == 0 ? 0.0 : ce_sum / ce_total) + z);
 }
 
-// Per row: z_loss = scale * lse^2, loss = ce + z_loss. loss may be ce.
+// Per row: z_loss = scale * z, loss = ce + z_loss. loss may be ce.
 template <typename A>
-__global__ void cross_entropy_unreduced_kernel(
-    const A* ce, const A* lse, int64_t tokens, A lse_square_scale, A* loss, A* z_loss) {
+__global__ void cross_entropy_unreduced_kernel(CrossEntropyReduceArguments<A> args) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= tokens) return;
-  const A z = lse_square_scale == 0 ? A(0) : lse_square_scale * lse[i] * lse[i];
-  z_loss[i] = z;
-  loss[i] = ce[i] + z;
+  if (i >= args.tokens) return;
+  const A z = args.lse_square_scale == 0 ? A(0) : static_cast<A>(args.lse_square_scale * args.z(i));
+  args.z_loss[i] = z;
+  args.loss[i] = args.ce[i] + z;
+  if (args.token_accuracy != nullptr) args.token_accuracy[i] = args.right(i) ? 1.0f : 0.0f;
 }
 
 }  // namespace liger::cuda

@@ -14,27 +14,31 @@ namespace liger {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-TensorTriple cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   static const auto op = find_operator("liger::cross_entropy", cross_entropy);
-  return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
+      use_token_scaling, return_token_accuracy, return_predicted_tokens);
 }
 
 CrossEntropyForward cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   static const auto op = find_operator("liger::cross_entropy_forward", cross_entropy_forward);
-  return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
+      use_token_scaling, return_token_accuracy, return_predicted_tokens);
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, const at::Tensor& lse, const at::Tensor& lse_low,
     const at::Tensor& totals, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    std::optional<double> softcap, std::string_view reduction) {
+    std::optional<double> softcap, std::string_view reduction, bool use_token_scaling) {
   static const auto op = find_operator("liger::cross_entropy_backward", cross_entropy_backward);
   return op.call(dloss, logits, target, weight, lse, lse_low, totals, ignore_index, label_smoothing,
-      lse_square_scale, softcap, reduction);
+      lse_square_scale, softcap, reduction, use_token_scaling);
 }
 
 namespace {
@@ -59,7 +63,8 @@ void check_statistic(
 }  // namespace
 
 CrossEntropyOptions check_cross_entropy_options(const char* op, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "liger::", op,
       ": label_smoothing must be between 0 and 1, got ", label_smoothing);
   TORCH_CHECK_VALUE(std::isfinite(lse_square_scale), "liger::", op, ": lse_square_scale must be finite, got ",
@@ -70,7 +75,10 @@ CrossEntropyOptions check_cross_entropy_options(const char* op, int64_t ignore_i
       .label_smoothing = label_smoothing,
       .lse_square_scale = lse_square_scale,
       .softcap = softcap.value_or(0),
-      .reduction = parse_reduction(op, reduction)};
+      .reduction = parse_reduction(op, reduction),
+      .use_token_scaling = use_token_scaling,
+      .return_token_accuracy = return_token_accuracy,
+      .return_predicted_tokens = return_predicted_tokens};
 }
 
 void check_target_and_class_weight(const char* op, const at::Tensor& target,
@@ -92,21 +100,25 @@ void check_target_and_class_weight(const char* op, const at::Tensor& target,
 
 CrossEntropyOptions check_cross_entropy(const char* op, const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   const Argument logits_arg{op, "logits", logits};
   check_floating(logits_arg);
   check_dim(logits_arg, 2);
   check_target_and_class_weight(op, target, weight, "weight", logits, "logits", logits.sym_size(1));
-  return check_cross_entropy_options(op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  return check_cross_entropy_options(op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
+      use_token_scaling, return_token_accuracy, return_predicted_tokens);
 }
 
 CrossEntropyOptions check_cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
     const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling) {
   constexpr auto op = "cross_entropy_backward";
-  const auto options = check_cross_entropy(
-      op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+  const auto options = check_cross_entropy(op, logits, target, weight, ignore_index, label_smoothing,
+      lse_square_scale, softcap, reduction, use_token_scaling, /*return_token_accuracy=*/false,
+      /*return_predicted_tokens=*/false);
   const Argument logits_arg{op, "logits", logits};
   const Argument lse_arg{op, "lse", lse};
   const Argument dloss_arg{op, "dloss", dloss};
@@ -123,103 +135,126 @@ CrossEntropyOptions check_cross_entropy_backward(const at::Tensor& dloss, const 
   return options;
 }
 
-namespace {
-
-CrossEntropyForward empty_forward(const at::Tensor& logits, Reduction reduction, bool need_lse_low) {
-  const auto stats = logits.options().dtype(accumulate_type(logits.scalar_type()));
-  const auto tokens = logits.sym_sizes().slice(0, 1);
-  const auto loss_sizes = reduction == Reduction::kNone ? tokens : c10::SymIntArrayRef{};
+CrossEntropyOutputs empty_cross_entropy_outputs(
+    const at::Tensor& values, at::ScalarType dtype, const CrossEntropyOptions& options) {
+  const auto stats = values.options().dtype(accumulate_type(dtype));
+  const auto tokens = values.sym_sizes().slice(0, 1);
+  const auto loss_sizes = options.reduction == Reduction::kNone ? tokens : c10::SymIntArrayRef{};
+  const auto optional = [](bool wanted, c10::SymIntArrayRef sizes, const at::TensorOptions& tensor_options) {
+    return wanted ? at::empty_symint(sizes, tensor_options) : at::empty({0}, tensor_options);
+  };
   return {at::empty_symint(loss_sizes, stats), at::empty_symint(loss_sizes, stats),
-      at::empty_symint(tokens, stats), need_lse_low ? at::empty_symint(tokens, stats) : at::empty({0}, stats),
-      at::empty({kTotals}, stats)};
+      at::empty_symint(tokens, stats),
+      optional(options.return_token_accuracy, loss_sizes, stats.dtype(at::kFloat)),
+      optional(options.return_predicted_tokens, tokens, stats.dtype(at::kLong))};
 }
 
-}  // namespace
-
-TensorTriple cross_entropy_meta(const at::Tensor& logits, const at::Tensor& target,
+CrossEntropyOutputs cross_entropy_from_forward(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
-  const auto options = check_cross_entropy("cross_entropy", logits, target, weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction);
-  auto [loss, z_loss, lse, lse_low, totals] =
-      empty_forward(logits, options.reduction, /*need_lse_low=*/false);
-  return {loss, z_loss, lse};
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
+      cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+          reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+  return {loss, z_loss, lse, token_accuracy, predicted_tokens};
 }
 
 CrossEntropyForward cross_entropy_forward_meta(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   const auto options = check_cross_entropy("cross_entropy", logits, target, weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction);
-  return empty_forward(logits, options.reduction, /*need_lse_low=*/true);
+      label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling, return_token_accuracy,
+      return_predicted_tokens);
+  const auto outputs = empty_cross_entropy_outputs(logits, logits.scalar_type(), options);
+  const auto& lse = std::get<2>(outputs);
+  return std::tuple_cat(outputs,
+      std::make_tuple(at::empty_symint(lse.sym_sizes(), lse.options()), at::empty({kTotals}, lse.options())));
 }
 
 at::Tensor cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
     const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling) {
   check_cross_entropy_backward(dloss, logits, target, weight, lse, lse_low, totals, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction);
+      label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling);
   return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
 namespace {
 
+// The arguments that no gradient flows into.
+struct Constants {
+  const at::Tensor& target;
+  const std::optional<at::Tensor>& weight;
+  int64_t ignore_index;
+  double label_smoothing, lse_square_scale;
+  std::optional<double> softcap;
+  std::string_view reduction;
+  bool use_token_scaling, return_token_accuracy, return_predicted_tokens;
+};
+
 class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunction> {
  public:
   static constexpr bool is_traceable = true;
 
-  // z_loss and lse leave through pointers: returned tensors would have to be
-  // marked non-differentiable, which compiled autograd does not support.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
-      const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-      double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-      at::Tensor* z_loss_out, at::Tensor* lse_out) {
+  // The outputs other than loss leave through a pointer: returned tensors would have to be marked
+  // non-differentiable, which compiled autograd does not support.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, const Constants& constants,
+      CrossEntropyOutputs* outputs) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, z_loss, lse, lse_low, totals] = cross_entropy_forward(
-        logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
-    ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, lse_low, totals});
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["lse_square_scale"] = lse_square_scale;
-    ctx->saved_data["softcap"] = softcap;
-    ctx->saved_data["reduction"] = std::string(reduction);
+    auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
+        cross_entropy_forward(logits, constants.target, constants.weight, constants.ignore_index,
+            constants.label_smoothing, constants.lse_square_scale, constants.softcap, constants.reduction,
+            constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens);
+    ctx->save_for_backward(
+        {logits, constants.target, constants.weight.value_or(at::Tensor()), lse, lse_low, totals});
+    ctx->saved_data["ignore_index"] = constants.ignore_index;
+    ctx->saved_data["label_smoothing"] = constants.label_smoothing;
+    ctx->saved_data["lse_square_scale"] = constants.lse_square_scale;
+    ctx->saved_data["softcap"] = constants.softcap;
+    ctx->saved_data["reduction"] = std::string(constants.reduction);
+    ctx->saved_data["use_token_scaling"] = constants.use_token_scaling;
     ctx->set_materialize_grads(false);
-    *z_loss_out = z_loss;
-    *lse_out = lse;
+    *outputs = {at::Tensor(), z_loss, lse, token_accuracy, predicted_tokens};
     return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(10);
+    variable_list result(3);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const auto weight = saved[2].defined() ? std::optional<at::Tensor>(saved[2]) : std::nullopt;
+    auto& data = ctx->saved_data;
     result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], weight, saved[3], saved[4], saved[5],
-        ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(),
-        ctx->saved_data["lse_square_scale"].toDouble(), ctx->saved_data["softcap"].toOptional<double>(),
-        ctx->saved_data["reduction"].toStringRef());
+        data["ignore_index"].toInt(), data["label_smoothing"].toDouble(), data["lse_square_scale"].toDouble(),
+        data["softcap"].toOptional<double>(), data["reduction"].toStringRef(),
+        data["use_token_scaling"].toBool());
     return result;
   }
 };
 
 }  // namespace
 
-TensorTriple cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target,
+CrossEntropyOutputs cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction) {
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !weight || !weight->requires_grad(),
       "liger::cross_entropy: the gradient with respect "
       "to weight is not implemented; detach() it");
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return cross_entropy(
-        logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction);
+    return cross_entropy(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+        reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
   }
-  at::Tensor z_loss, lse;
-  auto loss = CrossEntropyFunction::apply(logits, target, weight, ignore_index, label_smoothing,
-      lse_square_scale, softcap, reduction, &z_loss, &lse);
-  return {loss[0], z_loss, lse};
+  const Constants constants{target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+      reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens};
+  CrossEntropyOutputs outputs;
+  auto loss = CrossEntropyFunction::apply(logits, constants, &outputs);
+  std::get<0>(outputs) = loss[0];
+  return outputs;
 }
 
 }  // namespace liger

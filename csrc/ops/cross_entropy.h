@@ -7,18 +7,25 @@
 //   ce = (1 - e) * w_t * (lse - y_t) + e / classes * sum_c w_c * (lse - y_c)
 //   z  = lse_square_scale * lse^2
 //
-// and 0 for both where t is ignore_index. Then
+// and 0 for both where t is ignore_index. use_token_scaling multiplies both by p_t = exp(y_t - lse), as a
+// constant to which no gradient flows (dynamic fine-tuning, Wu et al., arXiv:2508.05629; Liger's option of
+// that name). Then
 //
 //   "none"  loss = ce + z per row
 //   "sum"   loss = sum(ce) + sum(z)
 //   "mean"  loss = sum(ce) / sum(w_t) + sum(z) / count, over the rows that are not ignored; 0 when all are
 //
-// z_loss is the z part of loss. The gradient of a row, before the division and the upstream gradient, is,
-// with p = exp(y - lse),
+// z_loss is the z part of loss. The gradient of a row, before the division, the upstream gradient and the
+// factor of token scaling, is, with p = exp(y - lse),
 //
 //   d y_c = p_c * ((1 - e) * w_t + e / classes * sum(w) + 2 * lse_square_scale * lse)
 //           - [c = t] * (1 - e) * w_t - e / classes * w_c
 //   d x_c = d y_c * (1 - (y_c / softcap)^2)
+//
+// predicted_tokens is, per row, the first class with the largest logit x, NaN being largest, as torch.argmax
+// has it; -1 where t is ignore_index. token_accuracy is float32, whether it equals the target: 0 or 1 per row
+// for "none", otherwise the mean over the rows that are not ignored, 0 when all are. Only loss is
+// differentiable.
 
 #include <ATen/core/Tensor.h>
 
@@ -28,10 +35,12 @@
 
 namespace liger {
 
-using TensorTriple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-// loss, z_loss, lse, lse_low, totals. lse + lse_low is the log-sum-exp to more digits than lse can hold,
+// loss, z_loss, lse, token_accuracy, predicted_tokens. The last two have size 0 unless they are asked for.
+using CrossEntropyOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// CrossEntropyOutputs, lse_low, totals. lse + lse_low is the log-sum-exp to more digits than lse can hold,
 // without which the probabilities of large logits would be off. totals: see cross_entropy_rows.h.
-using CrossEntropyForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using CrossEntropyForward =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 enum class Reduction { kMean, kSum, kNone };
 
@@ -42,19 +51,25 @@ struct CrossEntropyOptions {
   double lse_square_scale;
   double softcap;  // 0: none
   Reduction reduction;
+  bool use_token_scaling;
+  bool return_token_accuracy;
+  bool return_predicted_tokens;
 };
 
 // The types of the operators' functions, to declare them without repeating their arguments.
-using CrossEntropySignature = TensorTriple(const at::Tensor& logits, const at::Tensor& target,
+using CrossEntropySignature = CrossEntropyOutputs(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens);
 using CrossEntropyForwardSignature = CrossEntropyForward(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens);
 using CrossEntropyBackwardSignature = at::Tensor(const at::Tensor& dloss, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
     const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling);
 
 // Calls through the dispatcher. cross_entropy is cross_entropy_forward without what only backward needs.
 CrossEntropySignature cross_entropy;
@@ -63,7 +78,8 @@ CrossEntropyBackwardSignature cross_entropy_backward;
 
 // Argument checks, shared by every backend.
 CrossEntropyOptions check_cross_entropy_options(const char* op, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens);
 // `weight` holds the class weights and is called `weight_name` in messages;
 // `values` is what target and weight have to fit, [tokens, ...], and `classes`
 // the number of classes.
@@ -72,22 +88,22 @@ void check_target_and_class_weight(const char* op, const at::Tensor& target,
     const char* values_name, const c10::SymInt& classes);
 CrossEntropyOptions check_cross_entropy(const char* op, const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens);
 CrossEntropyOptions check_cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, const at::Tensor& lse,
     const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction);
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    bool use_token_scaling);
 
-// Kernels by dispatch key, bound in registration.cpp.
-CrossEntropySignature cross_entropy_cpu;
-CrossEntropySignature cross_entropy_cuda;
-CrossEntropySignature cross_entropy_meta;
+// CrossEntropyOutputs for `values` [tokens, ...] in the accumulate type of `dtype`, uninitialised.
+CrossEntropyOutputs empty_cross_entropy_outputs(
+    const at::Tensor& values, at::ScalarType dtype, const CrossEntropyOptions& options);
+
+// Kernels by dispatch key, bound in registration.cpp; those of devices are in cross_entropy_rows.h.
+CrossEntropySignature cross_entropy_from_forward;  // below Autograd, on every device
 CrossEntropySignature cross_entropy_autograd;
-CrossEntropyForwardSignature cross_entropy_forward_cpu;
-CrossEntropyForwardSignature cross_entropy_forward_cuda;
 CrossEntropyForwardSignature cross_entropy_forward_meta;
-CrossEntropyBackwardSignature cross_entropy_backward_cpu;
-CrossEntropyBackwardSignature cross_entropy_backward_cuda;
 CrossEntropyBackwardSignature cross_entropy_backward_meta;
 
 }  // namespace liger

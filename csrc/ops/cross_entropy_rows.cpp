@@ -1,6 +1,7 @@
 #include "ops/cross_entropy_rows.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "ops/checks.h"
 #include "ops/rows.h"
@@ -11,19 +12,56 @@ at::Tensor accumulate_weight(const std::optional<at::Tensor>& weight, at::Scalar
   return weight ? weight->to(accumulate).contiguous() : at::Tensor();
 }
 
-std::tuple<at::Tensor, at::Tensor> empty_losses(const at::Tensor& lse, Reduction reduction) {
-  const auto sizes = reduction == Reduction::kNone ? lse.sizes() : at::IntArrayRef{};
-  return {at::empty(sizes, lse.options()), at::empty(sizes, lse.options())};
+CrossEntropyResults::CrossEntropyResults(
+    int64_t rows, const at::TensorOptions& stats, const CrossEntropyOptions& options, bool keep_lse_low)
+    : ce(at::empty({rows}, stats)), lse(at::empty({rows}, stats)) {
+  if (keep_lse_low) lse_low = at::empty({rows}, stats);
+  if (options.use_token_scaling) row_scale = at::empty({rows}, stats);
+  if (options.return_token_accuracy || options.return_predicted_tokens) {
+    predicted = at::empty({rows}, stats.dtype(at::kLong));
+  }
 }
 
-CrossEntropyForward cross_entropy_forward_rows(const CrossEntropyDevice& device, const char* op,
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    const CrossEntropyOptions& options, bool need_lse_low) {
+CrossEntropyOutputs cross_entropy_outputs(const CrossEntropyDevice& device,
+    const CrossEntropyResults& results, const at::Tensor& target, const at::Tensor& totals,
+    const CrossEntropyOptions& options) {
+  const auto stats = results.lse.options();
+  const bool unreduced = options.reduction == Reduction::kNone;
+  const auto sizes = unreduced ? results.lse.sizes() : at::IntArrayRef{};
+  const auto loss = unreduced ? results.ce : at::empty(sizes, stats);
+  const auto z_loss = at::empty(sizes, stats);
+  at::Tensor token_accuracy;
+  if (options.return_token_accuracy) token_accuracy = at::empty(sizes, stats.dtype(at::kFloat));
+  device.reduce({.ce = results.ce,
+      .lse = results.lse,
+      .row_scale = results.row_scale,
+      .predicted = results.predicted,
+      .target = target,
+      .totals = totals,
+      .loss = loss,
+      .z_loss = z_loss,
+      .token_accuracy = token_accuracy,
+      .options = options});
+  return {loss, z_loss, results.lse,
+      token_accuracy.defined() ? token_accuracy : at::empty({0}, stats.dtype(at::kFloat)),
+      options.return_predicted_tokens ? results.predicted : at::empty({0}, stats.dtype(at::kLong))};
+}
+
+CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, const at::Tensor& logits,
+    const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens) {
+  constexpr auto op = "cross_entropy";
+  const auto options =
+      check_cross_entropy(op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale,
+          softcap, reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+  const c10::DeviceGuard guard(logits.device());
   const auto accumulate = accumulate_type(logits.scalar_type());
   const auto stats = logits.options().dtype(accumulate);
   const auto dense_target = target.contiguous();
   const auto class_weight = accumulate_weight(weight, accumulate);
-  auto totals = at::empty({kTotals}, stats);
+  const auto totals = at::empty({kTotals}, stats);
   device.totals({.op = op,
       .target = dense_target,
       .weight = class_weight,
@@ -31,30 +69,31 @@ CrossEntropyForward cross_entropy_forward_rows(const CrossEntropyDevice& device,
       .classes = logits.size(1),
       .options = options});
 
-  const int64_t tokens = logits.size(0);
-  auto lse = at::empty({tokens}, stats);
-  auto lse_low = at::empty({need_lse_low ? tokens : 0}, stats);
-  auto [loss, z_loss] = empty_losses(lse, options.reduction);
-  // Unreduced, the rows' ce goes where the loss will be.
-  const auto ce = options.reduction == Reduction::kNone ? loss : at::empty({tokens}, stats);
+  const CrossEntropyResults results(logits.size(0), stats, options, /*keep_lse_low=*/true);
   device.forward({.op = op,
       .logits = as_rows(logits).tensor,
       .target = dense_target,
       .weight = class_weight,
       .totals = totals,
-      .ce = ce,
-      .lse = lse,
-      .lse_low = need_lse_low ? lse_low : at::Tensor(),
+      .ce = results.ce,
+      .lse = results.lse,
+      .lse_low = results.lse_low,
+      .row_scale = results.row_scale,
+      .predicted = results.predicted,
       .options = options});
-  device.reduce({.ce = ce, .lse = lse, .totals = totals, .loss = loss, .z_loss = z_loss, .options = options});
-  return {loss, z_loss, lse, lse_low, totals};
+  return std::tuple_cat(cross_entropy_outputs(device, results, dense_target, totals, options),
+      std::make_tuple(results.lse_low, totals));
 }
 
-at::Tensor cross_entropy_backward_rows(const CrossEntropyDevice& device, const at::Tensor& dloss,
+at::Tensor cross_entropy_backward_on(const CrossEntropyDevice& device, const at::Tensor& dloss,
     const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals,
-    const CrossEntropyOptions& options) {
-  auto dlogits = at::empty(logits.sizes(), logits.options());
+    const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction, bool use_token_scaling) {
+  const auto options = check_cross_entropy_backward(dloss, logits, target, weight, lse, lse_low, totals,
+      ignore_index, label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling);
+  const c10::DeviceGuard guard(logits.device());
+  const auto dlogits = at::empty(logits.sizes(), logits.options());
   device.backward({.op = "cross_entropy_backward",
       .logits = as_rows(logits).tensor,
       .dlogits = dlogits,

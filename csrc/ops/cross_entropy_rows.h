@@ -26,6 +26,17 @@ struct CrossEntropyTotals {
   CrossEntropyOptions options;
 };
 
+// What forward leaves per row, [rows] each, in the accumulate type unless said otherwise.
+struct CrossEntropyResults {
+  at::Tensor ce, lse;
+  at::Tensor lse_low;    // undefined unless kept
+  at::Tensor row_scale;  // the factors of token scaling; undefined without
+  at::Tensor predicted;  // int64; undefined unless asked for
+
+  CrossEntropyResults(
+      int64_t rows, const at::TensorOptions& stats, const CrossEntropyOptions& options, bool keep_lse_low);
+};
+
 struct CrossEntropyRows {
   const char* op;
   at::Tensor logits;   // [rows, classes], any row stride, unit column stride
@@ -34,8 +45,8 @@ struct CrossEntropyRows {
   at::Tensor weight;   // [classes] in the accumulate type, contiguous; undefined: all 1
   at::Tensor totals;   // [kTotals]
   at::Tensor dloss;    // upstream gradient, 0-D or contiguous [rows]; undefined: 1
-  // [rows] in the accumulate type; ce and lse_low may be undefined
-  at::Tensor ce, lse, lse_low;
+  // As in CrossEntropyResults; backward reads lse and lse_low alone.
+  at::Tensor ce, lse, lse_low, row_scale, predicted;
   CrossEntropyOptions options;
   // Whether the gradient is divided as the loss is. If not, a power of two is left out of the divisors, the
   // one of frexp(totals[0]): the fused operator leaves it out in float16, where p / N would underflow, and
@@ -44,9 +55,11 @@ struct CrossEntropyRows {
 };
 
 struct CrossEntropyReduce {
-  at::Tensor ce, lse;       // [tokens]
-  at::Tensor totals;        // [kTotals]
-  at::Tensor loss, z_loss;  // out: 0-D, or [tokens] for "none"
+  at::Tensor ce, lse, row_scale, predicted;  // as in CrossEntropyResults
+  at::Tensor target;                         // [tokens] int64, contiguous
+  at::Tensor totals;                         // [kTotals]
+  // out: 0-D, or [tokens] for "none"; loss may be ce, token_accuracy may be undefined
+  at::Tensor loss, z_loss, token_accuracy;
   CrossEntropyOptions options;
 };
 
@@ -55,7 +68,7 @@ struct CrossEntropyDevice {
   // Also checks every target: IndexError on the CPU, a device assertion on
   // CUDA.
   void (*totals)(const CrossEntropyTotals&);
-  // Writes ce, lse, lse_low, and dlogits where it is defined.
+  // Writes ce and lse, and lse_low, row_scale, predicted and dlogits where they are defined.
   void (*forward)(const CrossEntropyRows&);
   // Reads lse and lse_low, writes dlogits.
   void (*backward)(const CrossEntropyRows&);
@@ -65,18 +78,30 @@ struct CrossEntropyDevice {
 extern const CrossEntropyDevice kCrossEntropyCpu;
 extern const CrossEntropyDevice kCrossEntropyCuda;
 
+// f(A{}) with A the accumulate type, which is the dtype of `stats`.
+template <typename F>
+void dispatch_accumulate(const at::Tensor& stats, const F& f) {
+  stats.scalar_type() == at::kDouble ? f(double{}) : f(float{});
+}
+
 // The class weights as kernels read them; undefined stays undefined.
 at::Tensor accumulate_weight(const std::optional<at::Tensor>& weight, at::ScalarType accumulate);
 
-// loss and z_loss, uninitialised.
-std::tuple<at::Tensor, at::Tensor> empty_losses(const at::Tensor& lse, Reduction reduction);
-
-CrossEntropyForward cross_entropy_forward_rows(const CrossEntropyDevice& device, const char* op,
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    const CrossEntropyOptions& options, bool need_lse_low);
-at::Tensor cross_entropy_backward_rows(const CrossEntropyDevice& device, const at::Tensor& dloss,
-    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals,
+// The outputs of the operators from what forward left.
+CrossEntropyOutputs cross_entropy_outputs(const CrossEntropyDevice& device,
+    const CrossEntropyResults& results, const at::Tensor& target, const at::Tensor& totals,
     const CrossEntropyOptions& options);
+
+// The kernels of the operators; registration.cpp binds them to a device (OnDevice).
+CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, const at::Tensor& logits,
+    const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens);
+at::Tensor cross_entropy_backward_on(const CrossEntropyDevice& device, const at::Tensor& dloss,
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::string_view reduction, bool use_token_scaling);
 
 }  // namespace liger

@@ -35,4 +35,14 @@ struct WithoutAutocast<Op, Result(Args...)> {
   }
 };
 
+// OnDevice<function, device>::call is the kernel of one device for an operator that is written once:
+// function(device, args...), `device` holding the pieces in which devices differ.
+template <auto* Function, auto& Device, typename Type = std::remove_pointer_t<decltype(Function)>>
+struct OnDevice;
+
+template <auto* Function, auto& Device, typename Result, typename Pieces, typename... Args>
+struct OnDevice<Function, Device, Result(Pieces, Args...)> {
+  static Result call(Args... args) { return Function(Device, args...); }
+};
+
 }  // namespace liger

@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <utility>
+
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 
@@ -14,15 +16,17 @@ namespace liger {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-TensorTriple fused_linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
+CrossEntropyOutputs fused_linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
   static const auto op = find_operator("liger::fused_linear_cross_entropy", fused_linear_cross_entropy);
   return op.call(input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale,
-      softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
+      softcap, reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling, return_token_accuracy,
+      return_predicted_tokens, compute_dtype);
 }
 
 FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward(const at::Tensor& input,
@@ -30,26 +34,27 @@ FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward(const at::Tens
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
     bool need_dweight, bool need_dbias) {
   static const auto op =
       find_operator("liger::fused_linear_cross_entropy_forward", fused_linear_cross_entropy_forward);
   return op.call(input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale,
-      softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype, need_dinput, need_dweight,
-      need_dbias);
+      softcap, reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling, return_token_accuracy,
+      return_predicted_tokens, compute_dtype, need_dinput, need_dweight, need_dbias);
 }
 
-TensorTriple fused_linear_cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& input,
-    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
-    bool need_dweight, bool need_dbias) {
+FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward(const at::Tensor& dloss,
+    const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
+    std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) {
   static const auto op =
       find_operator("liger::fused_linear_cross_entropy_backward", fused_linear_cross_entropy_backward);
   return op.call(dloss, input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
-      lse_square_scale, softcap, accum_dtype, workspace_bytes, compute_dtype, need_dinput, need_dweight,
-      need_dbias);
+      lse_square_scale, softcap, accum_dtype, workspace_bytes, use_token_scaling, compute_dtype, need_dinput,
+      need_dweight, need_dbias);
 }
 
 at::Tensor fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
@@ -83,7 +88,8 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
   const Argument input_arg{op, "input", input};
   const Argument weight_arg{op, "weight", weight};
   check_floating(input_arg);
@@ -130,8 +136,8 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
         ": num_items replaces the divisor of reduction \"mean\", got reduction \"", std::string(reduction),
         "\"");
   }
-  return {.loss = check_cross_entropy_options(
-              op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction),
+  return {.loss = check_cross_entropy_options(op, ignore_index, label_smoothing, lse_square_scale, softcap,
+              reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens),
       .compute_dtype = compute,
       // The products come in compute_dtype or wider: no sum of float64 in float32, or of one 16-bit dtype in
       // the other.
@@ -143,12 +149,13 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy_backward(const a
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype) {
   constexpr auto op = "fused_linear_cross_entropy_backward";
   const auto options = check_fused_linear_cross_entropy(op, input, weight, target, bias, ce_weight,
       ignore_index, label_smoothing, lse_square_scale, softcap, "none", /*num_items=*/{}, accum_dtype,
-      workspace_bytes, compute_dtype);
+      workspace_bytes, use_token_scaling, /*return_token_accuracy=*/false, /*return_predicted_tokens=*/false,
+      compute_dtype);
   const Argument input_arg{op, "input", input};
   const Argument dloss_arg{op, "dloss", dloss};
   check_same_device(dloss_arg, input_arg);
@@ -175,55 +182,64 @@ void check_fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Te
   check_dim(scale_arg, 0);
 }
 
-TensorTriple fused_linear_cross_entropy_meta(const at::Tensor& input, const at::Tensor& weight,
+CrossEntropyOutputs fused_linear_cross_entropy_from_forward(const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
-  auto [loss, z_loss, lse, dinput, dweight, dbias, grad_scale] = fused_linear_cross_entropy_forward_meta(
-      input, weight, target, bias, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-      reduction, num_items, accum_dtype, workspace_bytes, compute_dtype, false, false, false);
-  return {loss, z_loss, lse};
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, dinput, dweight, dbias, grad_scale] =
+      fused_linear_cross_entropy_forward(input, weight, target, bias, ce_weight, ignore_index,
+          label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
+          use_token_scaling, return_token_accuracy, return_predicted_tokens, compute_dtype,
+          /*need_dinput=*/false, /*need_dweight=*/false, /*need_dbias=*/false);
+  return {loss, z_loss, lse, token_accuracy, predicted_tokens};
 }
+
+namespace {
+
+FusedLinearCrossEntropyGradients empty_gradients(const at::Tensor& input, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, bool need_dinput, bool need_dweight, bool need_dbias) {
+  const auto gradient = [](bool needed, const at::Tensor& of) {
+    return needed ? at::empty_symint(of.sym_sizes(), of.options()) : at::empty({0}, of.options());
+  };
+  return {gradient(need_dinput, input), gradient(need_dweight, weight),
+      gradient(need_dbias, bias.value_or(input))};
+}
+
+}  // namespace
 
 FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_meta(const at::Tensor& input,
     const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
     bool need_dweight, bool need_dbias) {
-  const auto options = check_fused_linear_cross_entropy("fused_linear_cross_entropy", input, weight, target,
-      bias, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction, num_items,
-      accum_dtype, workspace_bytes, compute_dtype);
-  check_wanted_gradients("fused_linear_cross_entropy", bias, need_dbias);
-  const auto stats = input.options().dtype(accumulate_type(options.compute_dtype));
-  const auto tokens = input.sym_sizes().slice(0, 1);
-  const auto loss_sizes = options.loss.reduction == Reduction::kNone ? tokens : c10::SymIntArrayRef{};
-  const auto gradient = [](bool needed, const at::Tensor& of) {
-    return needed ? at::empty_symint(of.sym_sizes(), of.options()) : at::empty({0}, of.options());
-  };
+  constexpr auto op = "fused_linear_cross_entropy";
+  const auto options = check_fused_linear_cross_entropy(op, input, weight, target, bias, ce_weight,
+      ignore_index, label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype,
+      workspace_bytes, use_token_scaling, return_token_accuracy, return_predicted_tokens, compute_dtype);
+  check_wanted_gradients(op, bias, need_dbias);
+  const auto outputs = empty_cross_entropy_outputs(input, options.compute_dtype, options.loss);
   const bool scaled_later = options.compute_dtype == at::kHalf && (need_dinput || need_dweight || need_dbias);
-  return {at::empty_symint(loss_sizes, stats), at::empty_symint(loss_sizes, stats),
-      at::empty_symint(tokens, stats), gradient(need_dinput, input), gradient(need_dweight, weight),
-      gradient(need_dbias, bias.value_or(input)), at::empty({scaled_later ? 2 : 0}, stats)};
+  return std::tuple_cat(outputs, empty_gradients(input, weight, bias, need_dinput, need_dweight, need_dbias),
+      std::make_tuple(at::empty({scaled_later ? 2 : 0}, std::get<0>(outputs).options())));
 }
 
-TensorTriple fused_linear_cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor& input,
-    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
-    bool need_dweight, bool need_dbias) {
+FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_meta(const at::Tensor& dloss,
+    const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
+    double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
+    std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) {
   check_fused_linear_cross_entropy_backward(dloss, input, weight, target, bias, ce_weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, accum_dtype, workspace_bytes, compute_dtype);
+      label_smoothing, lse_square_scale, softcap, accum_dtype, workspace_bytes, use_token_scaling,
+      compute_dtype);
   check_wanted_gradients("fused_linear_cross_entropy_backward", bias, need_dbias);
-  const auto gradient = [](bool needed, const at::Tensor& of) {
-    return needed ? at::empty_symint(of.sym_sizes(), of.options()) : at::empty({0}, of.options());
-  };
-  return {gradient(need_dinput, input), gradient(need_dweight, weight),
-      gradient(need_dbias, bias.value_or(input))};
+  return empty_gradients(input, weight, bias, need_dinput, need_dweight, need_dbias);
 }
 
 at::Tensor fused_linear_cross_entropy_scale_meta(const at::Tensor& grad, const at::Tensor& scale) {
@@ -248,6 +264,7 @@ struct Constants {
   const std::optional<at::Tensor>& num_items;
   std::optional<at::ScalarType> accum_dtype;
   std::optional<int64_t> workspace_bytes;
+  bool use_token_scaling, return_token_accuracy, return_predicted_tokens;
   std::optional<at::ScalarType> compute_dtype;
 };
 
@@ -271,32 +288,32 @@ at::Tensor scaled(at::Tensor& saved, const at::Tensor& scale) {
   return saved;
 }
 
-// "mean" and "sum". z_loss and lse leave through pointers: returned tensors would have to be marked
-// non-differentiable, which compiled autograd does not support.
+// "mean" and "sum". The outputs other than loss leave through a pointer: returned tensors would have to be
+// marked non-differentiable, which compiled autograd does not support.
 class FusedLinearCrossEntropyFunction : public torch::autograd::Function<FusedLinearCrossEntropyFunction> {
  public:
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const Constants& constants, Wanted wanted, at::Tensor* z_loss_out, at::Tensor* lse_out,
+      const Constants& constants, Wanted wanted, CrossEntropyOutputs* outputs,
       const std::optional<at::Tensor>& bias) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, z_loss, lse, dinput, dweight, dbias, grad_scale] =
+    auto [loss, z_loss, lse, token_accuracy, predicted_tokens, dinput, dweight, dbias, grad_scale] =
         fused_linear_cross_entropy_forward(input, weight, constants.target, bias, constants.ce_weight,
             constants.ignore_index, constants.label_smoothing, constants.lse_square_scale, constants.softcap,
             constants.reduction, constants.num_items, constants.accum_dtype, constants.workspace_bytes,
+            constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens,
             constants.compute_dtype, wanted.dinput, wanted.dweight, wanted.dbias);
     const bool scaled_later = constants.compute_dtype.value_or(input.scalar_type()) == at::kHalf;
     ctx->save_for_backward({wanted.dinput ? dinput : at::Tensor(), wanted.dweight ? dweight : at::Tensor(),
         wanted.dbias ? dbias : at::Tensor(), scaled_later ? grad_scale : at::Tensor()});
     ctx->set_materialize_grads(false);
-    *z_loss_out = z_loss;
-    *lse_out = lse;
+    *outputs = {at::Tensor(), z_loss, lse, token_accuracy, predicted_tokens};
     return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
+    variable_list result(6);
     if (!grads[0].defined()) return result;
     auto saved = ctx->get_saved_variables();
     const auto scale = [&](int64_t i) {
@@ -304,7 +321,7 @@ class FusedLinearCrossEntropyFunction : public torch::autograd::Function<FusedLi
     };
     if (saved[0].defined()) result[0] = scaled(saved[0], scale(0));
     if (saved[1].defined()) result[1] = scaled(saved[1], scale(1));
-    if (saved[2].defined()) result[6] = scaled(saved[2], scale(1));
+    if (saved[2].defined()) result[5] = scaled(saved[2], scale(1));
     return result;
   }
 };
@@ -315,13 +332,14 @@ class FusedLinearCrossEntropyUnreducedFunction
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const Constants& constants, Wanted wanted, at::Tensor* z_loss_out, at::Tensor* lse_out,
+      const Constants& constants, Wanted wanted, CrossEntropyOutputs* outputs,
       const std::optional<at::Tensor>& bias) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, z_loss, lse] = fused_linear_cross_entropy(input, weight, constants.target, bias,
-        constants.ce_weight, constants.ignore_index, constants.label_smoothing, constants.lse_square_scale,
-        constants.softcap, constants.reduction, constants.num_items, constants.accum_dtype,
-        constants.workspace_bytes, constants.compute_dtype);
+    *outputs = fused_linear_cross_entropy(input, weight, constants.target, bias, constants.ce_weight,
+        constants.ignore_index, constants.label_smoothing, constants.lse_square_scale, constants.softcap,
+        constants.reduction, constants.num_items, constants.accum_dtype, constants.workspace_bytes,
+        constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens,
+        constants.compute_dtype);
     ctx->save_for_backward({input, weight, constants.target, bias.value_or(at::Tensor()),
         constants.ce_weight.value_or(at::Tensor())});
     ctx->saved_data["ignore_index"] = constants.ignore_index;
@@ -330,18 +348,17 @@ class FusedLinearCrossEntropyUnreducedFunction
     ctx->saved_data["softcap"] = constants.softcap;
     ctx->saved_data["accum_dtype"] = constants.accum_dtype;
     ctx->saved_data["workspace_bytes"] = constants.workspace_bytes;
+    ctx->saved_data["use_token_scaling"] = constants.use_token_scaling;
     ctx->saved_data["compute_dtype"] = constants.compute_dtype;
     ctx->saved_data["need_dinput"] = wanted.dinput;
     ctx->saved_data["need_dweight"] = wanted.dweight;
     ctx->saved_data["need_dbias"] = wanted.dbias;
     ctx->set_materialize_grads(false);
-    *z_loss_out = z_loss;
-    *lse_out = lse;
-    return {loss};
+    return {std::exchange(std::get<0>(*outputs), at::Tensor())};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
+    variable_list result(6);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
@@ -349,15 +366,15 @@ class FusedLinearCrossEntropyUnreducedFunction
     const bool need_dinput = data["need_dinput"].toBool();
     const bool need_dweight = data["need_dweight"].toBool();
     const bool need_dbias = data["need_dbias"].toBool();
-    auto [dinput, dweight, dbias] =
-        fused_linear_cross_entropy_backward(grads[0], saved[0], saved[1], saved[2], optional(saved[3]),
-            optional(saved[4]), data["ignore_index"].toInt(), data["label_smoothing"].toDouble(),
-            data["lse_square_scale"].toDouble(), data["softcap"].toOptional<double>(),
-            data["accum_dtype"].toOptional<at::ScalarType>(), data["workspace_bytes"].toOptional<int64_t>(),
-            data["compute_dtype"].toOptional<at::ScalarType>(), need_dinput, need_dweight, need_dbias);
+    auto [dinput, dweight, dbias] = fused_linear_cross_entropy_backward(grads[0], saved[0], saved[1],
+        saved[2], optional(saved[3]), optional(saved[4]), data["ignore_index"].toInt(),
+        data["label_smoothing"].toDouble(), data["lse_square_scale"].toDouble(),
+        data["softcap"].toOptional<double>(), data["accum_dtype"].toOptional<at::ScalarType>(),
+        data["workspace_bytes"].toOptional<int64_t>(), data["use_token_scaling"].toBool(),
+        data["compute_dtype"].toOptional<at::ScalarType>(), need_dinput, need_dweight, need_dbias);
     if (need_dinput) result[0] = dinput;
     if (need_dweight) result[1] = dweight;
-    if (need_dbias) result[6] = dbias;
+    if (need_dbias) result[5] = dbias;
     return result;
   }
 };
@@ -370,12 +387,13 @@ void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor
 
 }  // namespace
 
-TensorTriple fused_linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& weight,
+CrossEntropyOutputs fused_linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
   Wanted wanted{};
   if (at::GradMode::is_enabled()) {
     check_no_gradient("ce_weight", ce_weight);
@@ -385,62 +403,42 @@ TensorTriple fused_linear_cross_entropy_autograd(const at::Tensor& input, const 
   if (!wanted.dinput && !wanted.dweight && !wanted.dbias) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return fused_linear_cross_entropy(input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
-        lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
+        lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling,
+        return_token_accuracy, return_predicted_tokens, compute_dtype);
   }
   const Constants constants{target, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-      reduction, num_items, accum_dtype, workspace_bytes, compute_dtype};
-  at::Tensor z_loss, lse;
+      reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling, return_token_accuracy,
+      return_predicted_tokens, compute_dtype};
+  CrossEntropyOutputs outputs;
   const auto loss = reduction == "none"
-      ? FusedLinearCrossEntropyUnreducedFunction::apply(input, weight, constants, wanted, &z_loss, &lse, bias)
-      : FusedLinearCrossEntropyFunction::apply(input, weight, constants, wanted, &z_loss, &lse, bias);
-  return {loss[0], z_loss, lse};
+      ? FusedLinearCrossEntropyUnreducedFunction::apply(input, weight, constants, wanted, &outputs, bias)
+      : FusedLinearCrossEntropyFunction::apply(input, weight, constants, wanted, &outputs, bias);
+  std::get<0>(outputs) = loss[0];
+  return outputs;
 }
-
-namespace {
 
 // The products run in the autocast dtype, as those of linear. The arguments keep theirs, so that the
 // gradients of float32 weights come back unrounded. float64 takes no part in autocast.
-TensorTriple fused_linear_cross_entropy_autocast(at::DeviceType device, const at::Tensor& input,
-    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+CrossEntropyOutputs fused_linear_cross_entropy_autocast(const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
   NoAutocast guard;
   const auto takes_part = [](const at::Tensor& t) {
     return t.is_floating_point() && t.scalar_type() != at::kDouble;
   };
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  if (!compute_dtype && (dtype == at::kBFloat16 || dtype == at::kHalf) && takes_part(input) &&
+  const auto device = input.device().type();
+  if (!compute_dtype && at::autocast::is_autocast_available(device) && takes_part(input) &&
       takes_part(weight) && (!bias || takes_part(*bias))) {
-    compute_dtype = dtype;
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    if (dtype == at::kBFloat16 || dtype == at::kHalf) compute_dtype = dtype;
   }
   return fused_linear_cross_entropy(input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
-      lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, compute_dtype);
-}
-
-}  // namespace
-
-TensorTriple fused_linear_cross_entropy_autocast_cpu(const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& target, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
-  return fused_linear_cross_entropy_autocast(at::kCPU, input, weight, target, bias, ce_weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
-      compute_dtype);
-}
-
-TensorTriple fused_linear_cross_entropy_autocast_cuda(const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& target, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
-    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype) {
-  return fused_linear_cross_entropy_autocast(at::kCUDA, input, weight, target, bias, ce_weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
-      compute_dtype);
+      lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling,
+      return_token_accuracy, return_predicted_tokens, compute_dtype);
 }
 
 }  // namespace liger

@@ -22,32 +22,35 @@
 
 namespace liger {
 
-// loss, z_loss, lse, dinput, dweight, dbias, grad_scale. In float16 the gradients are still to be multiplied
-// by grad_scale, [2], its first element for dinput and its second for dweight and dbias: divided by the
-// number of tokens they would underflow before a loss scale could save them. Its elements are powers of two,
-// so that the product with a loss scale is exact. Otherwise grad_scale is of size 0.
-using FusedLinearCrossEntropyForward =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// CrossEntropyOutputs, dinput, dweight, dbias, grad_scale. In float16 the gradients are still to be
+// multiplied by grad_scale, [2], its first element for dinput and its second for dweight and dbias: divided
+// by the number of tokens they would underflow before a loss scale could save them. Its elements are powers
+// of two, so that the product with a loss scale is exact. Otherwise grad_scale is of size 0.
+using FusedLinearCrossEntropyForward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FusedLinearCrossEntropyGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // The types of the operators' functions, to declare them without repeating their arguments.
-using FusedLinearCrossEntropySignature = TensorTriple(const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+using FusedLinearCrossEntropySignature = CrossEntropyOutputs(const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype);
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype);
 using FusedLinearCrossEntropyForwardSignature = FusedLinearCrossEntropyForward(const at::Tensor& input,
     const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
     bool need_dweight, bool need_dbias);
-using FusedLinearCrossEntropyBackwardSignature = TensorTriple(const at::Tensor& dloss,
+using FusedLinearCrossEntropyBackwardSignature = FusedLinearCrossEntropyGradients(const at::Tensor& dloss,
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias);
 using FusedLinearCrossEntropyScaleSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& scale);
 using FusedLinearCrossEntropyScaleInplaceSignature = void(at::Tensor& grad, const at::Tensor& scale);
@@ -76,34 +79,25 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
-    std::optional<int64_t> workspace_bytes, std::optional<at::ScalarType> compute_dtype);
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype);
 FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy_backward(const at::Tensor& dloss,
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ce_weight, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes,
+    std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype);
 void check_wanted_gradients(const char* op, const std::optional<at::Tensor>& bias, bool need_dbias);
 void check_fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale);
 
-// Kernels by dispatch key, bound in registration.cpp.
-FusedLinearCrossEntropySignature fused_linear_cross_entropy_cpu;
-FusedLinearCrossEntropySignature fused_linear_cross_entropy_cuda;
-FusedLinearCrossEntropySignature fused_linear_cross_entropy_meta;
+// Kernels by dispatch key, bound in registration.cpp; those of devices are in
+// fused_linear_cross_entropy_chunks.h.
+FusedLinearCrossEntropySignature fused_linear_cross_entropy_from_forward;  // below Autograd, on every device
 FusedLinearCrossEntropySignature fused_linear_cross_entropy_autograd;
-FusedLinearCrossEntropySignature fused_linear_cross_entropy_autocast_cpu;
-FusedLinearCrossEntropySignature fused_linear_cross_entropy_autocast_cuda;
-FusedLinearCrossEntropyForwardSignature fused_linear_cross_entropy_forward_cpu;
-FusedLinearCrossEntropyForwardSignature fused_linear_cross_entropy_forward_cuda;
+FusedLinearCrossEntropySignature fused_linear_cross_entropy_autocast;
 FusedLinearCrossEntropyForwardSignature fused_linear_cross_entropy_forward_meta;
-FusedLinearCrossEntropyBackwardSignature fused_linear_cross_entropy_backward_cpu;
-FusedLinearCrossEntropyBackwardSignature fused_linear_cross_entropy_backward_cuda;
 FusedLinearCrossEntropyBackwardSignature fused_linear_cross_entropy_backward_meta;
-FusedLinearCrossEntropyScaleSignature fused_linear_cross_entropy_scale_cpu;
-FusedLinearCrossEntropyScaleSignature fused_linear_cross_entropy_scale_cuda;
 FusedLinearCrossEntropyScaleSignature fused_linear_cross_entropy_scale_meta;
-FusedLinearCrossEntropyScaleInplaceSignature fused_linear_cross_entropy_scale_inplace_cpu;
-FusedLinearCrossEntropyScaleInplaceSignature fused_linear_cross_entropy_scale_inplace_cuda;
 FusedLinearCrossEntropyScaleInplaceSignature fused_linear_cross_entropy_scale_inplace_meta;
 
 }  // namespace liger

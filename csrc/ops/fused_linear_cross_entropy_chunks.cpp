@@ -9,6 +9,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
@@ -36,13 +37,29 @@ at::Tensor power_of_two(const at::Tensor& x) {
 // 1 / x, and 0 for 0.
 at::Tensor reciprocal_or_zero(const at::Tensor& x) { return at::where(x.eq(0), x, x.reciprocal()); }
 
-struct Gradients {
-  at::Tensor dinput, dweight, dbias;
+// grad *= scale, whatever the strides of grad.
+void scale_in_place(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale) {
+  const auto dense = grad.contiguous();
+  device.scale(dense, scale, dense);
+  if (!dense.is_same(grad)) grad.copy_(dense);
+}
+
+struct Arguments {
+  const char* op;
+  const at::Tensor& input;
+  const at::Tensor& weight;
+  const at::Tensor& target;
+  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& ce_weight;
+  const std::optional<at::Tensor>& num_items;
+  FusedLinearCrossEntropyOptions options;
+  bool need_dinput, need_dweight, need_dbias;
 };
 
 class Chunks {
  public:
-  Chunks(const FusedLinearCrossEntropyDevice& device, const FusedLinearCrossEntropyArguments& args)
+  Chunks(const FusedLinearCrossEntropyDevice& device, const Arguments& args)
       : device_(device),
         args_(args),
         tokens_(args.input.size(0)),
@@ -55,8 +72,7 @@ class Chunks {
         target_(args.target.contiguous()),
         class_weight_(accumulate_weight(args.ce_weight, accumulate_)),
         totals(at::empty({kTotals}, stats_)),
-        ce(at::empty({tokens_}, stats_)),
-        lse(at::empty({tokens_}, stats_)) {
+        results(tokens_, stats_, args.options.loss, /*keep_lse_low=*/false) {
     if (args.bias) bias_ = args.bias->to(args.options.compute_dtype);
     device.rows.totals({.op = args.op,
         .target = target_,
@@ -77,13 +93,16 @@ class Chunks {
     return scale;
   }
 
-  // Fills ce and lse, and computes the gradients that are asked for, of the reduced loss or for the dloss of
+  CrossEntropyOutputs outputs() const {
+    return cross_entropy_outputs(device_.rows, results, target_, totals, args_.options.loss);
+  }
+
+  // Fills results, and computes the gradients that are asked for, of the reduced loss or for the dloss of
   // each token. In float16 powers of two are left out: that of the divisor (CrossEntropyRows::divide), which
   // dloss goes without, and sum_scale() from the sums over tokens, which would leave the range.
-  Gradients run(const at::Tensor& dloss) {
+  FusedLinearCrossEntropyGradients run(const at::Tensor& dloss) {
     const auto compute = input_.options();
-    Gradients out;
-    out.dinput =
+    const auto dinput =
         at::empty(args_.need_dinput ? args_.input.sizes() : at::IntArrayRef{0}, args_.input.options());
     at::Tensor dweight, dbias;
     if (args_.need_dweight) dweight = accumulator({classes_, hidden_}, args_.options.accum_dtype);
@@ -104,22 +123,27 @@ class Chunks {
         } else {
           at::mm_out(logits, input, weight_.t());
         }
+        const auto rows_of = [&](const at::Tensor& t) {
+          return t.defined() ? t.narrow(0, start, count) : at::Tensor();
+        };
         device_.rows.forward({.op = args_.op,
             .logits = logits,
             .dlogits = gradients() ? logits : at::Tensor(),
-            .target = target_.narrow(0, start, count),
+            .target = rows_of(target_),
             .weight = class_weight_,
             .totals = totals,
-            .dloss = dloss.defined() ? dloss.narrow(0, start, count) : at::Tensor(),
-            .ce = ce.narrow(0, start, count),
-            .lse = lse.narrow(0, start, count),
+            .dloss = rows_of(dloss),
+            .ce = rows_of(results.ce),
+            .lse = rows_of(results.lse),
+            .row_scale = rows_of(results.row_scale),
+            .predicted = rows_of(results.predicted),
             .options = args_.options.loss,
             .divide = !float16() || dloss.defined()});
 
         // The buffer holds the gradient of the logits now.
         const double beta = start == 0 ? 0 : 1;
         if (args_.need_dinput) {
-          auto rows_out = out.dinput.narrow(0, start, count);
+          auto rows_out = dinput.narrow(0, start, count);
           product(rows_out, logits, weight_, 0, 1);
         }
         if (args_.need_dweight) product(dweight, logits.t(), input, beta, 1 / sum_scale());
@@ -130,11 +154,10 @@ class Chunks {
       }
     }
     if (dbias.defined() && sum_scale() != 1) dbias.mul_(1 / sum_scale());
-    out.dweight =
-        dweight.defined() ? dweight.to(args_.weight.scalar_type()) : at::empty({0}, args_.weight.options());
-    out.dbias = dbias.defined() ? dbias.to(args_.bias->scalar_type())
-                                : at::empty({0}, args_.bias.value_or(args_.input).options());
-    return out;
+    return {dinput,
+        dweight.defined() ? dweight.to(args_.weight.scalar_type()) : at::empty({0}, args_.weight.options()),
+        dbias.defined() ? dbias.to(args_.bias->scalar_type())
+                        : at::empty({0}, args_.bias.value_or(args_.input).options())};
   }
 
  private:
@@ -146,7 +169,7 @@ class Chunks {
 
   int64_t workspace() const {
     const auto& asked = args_.options.workspace_bytes;
-    const int64_t statistics = 4 * tokens_ * static_cast<int64_t>(lse.element_size());
+    const int64_t statistics = 4 * tokens_ * static_cast<int64_t>(results.lse.element_size());
     return (asked ? *asked : device_.default_workspace(weight_)) - statistics;
   }
 
@@ -165,7 +188,7 @@ class Chunks {
   }
 
   const FusedLinearCrossEntropyDevice& device_;
-  const FusedLinearCrossEntropyArguments& args_;
+  const Arguments& args_;
   const int64_t tokens_, hidden_, classes_;
   const at::ScalarType accumulate_;
   const at::TensorOptions stats_;
@@ -173,47 +196,82 @@ class Chunks {
   at::Tensor bias_;
 
  public:
-  const at::Tensor totals, ce, lse;
+  const at::Tensor totals;
+  const CrossEntropyResults results;
 };
 
 }  // namespace
 
-FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_chunks(
-    const FusedLinearCrossEntropyDevice& device, const FusedLinearCrossEntropyArguments& args) {
+FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias) {
+  constexpr auto op = "fused_linear_cross_entropy";
+  const auto options = check_fused_linear_cross_entropy(op, input, weight, target, bias, ce_weight,
+      ignore_index, label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype,
+      workspace_bytes, use_token_scaling, return_token_accuracy, return_predicted_tokens, compute_dtype);
+  check_wanted_gradients(op, bias, need_dbias);
+  const c10::DeviceGuard guard(input.device());
+  const Arguments args{
+      op, input, weight, target, bias, ce_weight, num_items, options, need_dinput, need_dweight, need_dbias};
   Chunks chunks(device, args);
   const auto gradients = chunks.run(/*dloss=*/{});
-  const auto reduction = args.options.loss.reduction;
-  auto [loss, z_loss] = empty_losses(chunks.lse, reduction);
-  device.rows.reduce({.ce = chunks.ce,
-      .lse = chunks.lse,
-      .totals = chunks.totals,
-      .loss = loss,
-      .z_loss = z_loss,
-      .options = args.options.loss});
-  auto grad_scale = at::empty({0}, loss.options());
+  auto grad_scale = at::empty({0}, chunks.totals.options());
   if (chunks.float16() && chunks.gradients()) {
     const auto scale = reciprocal_or_zero(power_of_two(chunks.totals.select(0, 0)));
     grad_scale = at::stack({scale, scale.mul(chunks.sum_scale())});
   }
-  return {loss, z_loss, chunks.lse, gradients.dinput, gradients.dweight, gradients.dbias, grad_scale};
+  return std::tuple_cat(chunks.outputs(), gradients, std::make_tuple(grad_scale));
 }
 
-TensorTriple fused_linear_cross_entropy_backward_chunks(const FusedLinearCrossEntropyDevice& device,
-    const FusedLinearCrossEntropyArguments& args, const at::Tensor& dloss) {
+FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& dloss, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling,
+    std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) {
+  constexpr auto op = "fused_linear_cross_entropy_backward";
+  const auto options = check_fused_linear_cross_entropy_backward(dloss, input, weight, target, bias,
+      ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap, accum_dtype, workspace_bytes,
+      use_token_scaling, compute_dtype);
+  check_wanted_gradients(op, bias, need_dbias);
+  const c10::DeviceGuard guard(input.device());
+  const std::optional<at::Tensor> no_num_items;
+  const Arguments args{op, input, weight, target, bias, ce_weight, no_num_items, options, need_dinput,
+      need_dweight, need_dbias};
   Chunks chunks(device, args);
-  const int64_t tokens = args.input.size(0);
-  if (!chunks.float16() || tokens == 0) {
-    const auto gradients = chunks.run(dloss.contiguous());
-    return {gradients.dinput, gradients.dweight, gradients.dbias};
-  }
+  if (!chunks.float16() || input.size(0) == 0) return chunks.run(dloss.contiguous());
   // The power of two of the largest upstream gradient is kept out of the float16 products.
   const auto power = power_of_two(at::amax(dloss.abs()));
-  auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
+  const auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
+  const auto& [dinput, dweight, dbias] = gradients;
   const auto sum_power = power.mul(chunks.sum_scale());
-  if (args.need_dinput) device.scale(gradients.dinput, power);
-  if (args.need_dweight) device.scale(gradients.dweight, sum_power);
-  if (args.need_dbias) device.scale(gradients.dbias, sum_power);
-  return {gradients.dinput, gradients.dweight, gradients.dbias};
+  if (need_dinput) scale_in_place(device, dinput, power);
+  if (need_dweight) scale_in_place(device, dweight, sum_power);
+  if (need_dbias) scale_in_place(device, dbias, sum_power);
+  return gradients;
+}
+
+at::Tensor fused_linear_cross_entropy_scale_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale) {
+  check_fused_linear_cross_entropy_scale(grad, scale);
+  const c10::DeviceGuard guard(grad.device());
+  const auto out = at::empty(grad.sizes(), grad.options());
+  device.scale(grad.contiguous(), scale, out);
+  return out;
+}
+
+void fused_linear_cross_entropy_scale_inplace_on(
+    const FusedLinearCrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale) {
+  check_fused_linear_cross_entropy_scale(grad, scale);
+  const c10::DeviceGuard guard(grad.device());
+  scale_in_place(device, grad, scale);
 }
 
 void addmm_float32_by_blocks(

@@ -14,33 +14,38 @@ struct FusedLinearCrossEntropyDevice {
   const CrossEntropyDevice& rows;
   // out = beta * out + alpha * a @ b for 16-bit a and b and float32 out.
   void (*addmm_float32)(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha);
-  // grad *= scale (one element, on the device).
-  void (*scale)(at::Tensor& grad, const at::Tensor& scale);
+  // out = grad * scale (one element, on the device); both contiguous, out may be grad.
+  void (*scale)(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out);
   // Bytes that a call may take beside its results, when nobody says.
   int64_t (*default_workspace)(const at::Tensor& weight);
   // Rows of the logits buffer start at multiples of this.
   int64_t row_alignment_bytes;
 };
 
-struct FusedLinearCrossEntropyArguments {
-  const char* op;
-  const at::Tensor& input;
-  const at::Tensor& weight;
-  const at::Tensor& target;
-  const std::optional<at::Tensor>& bias;
-  const std::optional<at::Tensor>& ce_weight;
-  const std::optional<at::Tensor>& num_items;
-  FusedLinearCrossEntropyOptions options;
-  bool need_dinput, need_dweight, need_dbias;
-};
+extern const FusedLinearCrossEntropyDevice kFusedLinearCrossEntropyCpu;
+extern const FusedLinearCrossEntropyDevice kFusedLinearCrossEntropyCuda;
 
-// The loss, and the gradients that are asked for.
-FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_chunks(
-    const FusedLinearCrossEntropyDevice& device, const FusedLinearCrossEntropyArguments& args);
-
-// The gradients for an upstream gradient [tokens] of the unreduced loss.
-TensorTriple fused_linear_cross_entropy_backward_chunks(const FusedLinearCrossEntropyDevice& device,
-    const FusedLinearCrossEntropyArguments& args, const at::Tensor& dloss);
+// The kernels of the operators; registration.cpp binds them to a device (OnDevice).
+FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
+    const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype, bool need_dinput,
+    bool need_dweight, bool need_dbias);
+FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& dloss, const at::Tensor& input,
+    const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
+    double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
+    std::optional<int64_t> workspace_bytes, bool use_token_scaling,
+    std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias);
+at::Tensor fused_linear_cross_entropy_scale_on(
+    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale);
+void fused_linear_cross_entropy_scale_inplace_on(
+    const FusedLinearCrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale);
 
 // addmm_float32 for devices whose matrix products do not widen: multiplies float32 copies, block by block.
 void addmm_float32_by_blocks(

@@ -1,6 +1,11 @@
-"""The checks that the loss modules share."""
+"""What the loss modules and Liger's functions share: checks of options, and dtypes of results."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liger_ops.functional import CrossEntropyOutput
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -15,8 +20,13 @@ def check_loss_options(reduction: str, label_smoothing: float, softcap: float | 
         raise ValueError(f"softcap must be positive or None, got {softcap}")
 
 
-def refuse(**flags: bool) -> None:
-    """Raise NotImplementedError for flags that are set: an error is better than an option ignored."""
-    wanted = [name for name, value in flags.items() if value]
-    if wanted:
-        raise NotImplementedError(f"{', '.join(wanted)} not available in liger_ops")
+def in_dtype(result: Tensor | CrossEntropyOutput, dtype: torch.dtype) -> Tensor | CrossEntropyOutput:
+    """The loss, and the z-loss where there is one, in ``dtype``."""
+    if isinstance(result, Tensor):
+        return result.to(dtype)
+    return CrossEntropyOutput(
+        result.loss.to(dtype),
+        None if result.z_loss is None else result.z_loss.to(dtype),
+        result.token_accuracy,
+        result.predicted_tokens,
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._loss_options import check_loss_options, refuse
+from liger_ops.nn._loss_options import check_loss_options, in_dtype
 
 
 class LigerCrossEntropyLoss(nn.Module):
@@ -19,11 +19,11 @@ class LigerCrossEntropyLoss(nn.Module):
         label_smoothing: in [0, 1], as in ``torch.nn.CrossEntropyLoss``.
         reduction: ``"mean"`` over the targets that are not ignored (0 when all are), ``"sum"`` or ``"none"``.
         softcap: ``c`` in ``c·tanh(logits/c)``, or None.
-        return_z_loss, return_token_accuracy, return_predicted_tokens: of Liger's signature; must be False.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: make forward return a
+            ``liger_ops.functional.CrossEntropyOutput`` with the fields asked for.
 
     Raises:
         ValueError: for an option outside its range.
-        NotImplementedError: for a ``return_*`` flag that is set.
     """
 
     def __init__(
@@ -40,11 +40,6 @@ class LigerCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_loss_options(reduction, label_smoothing, softcap)
-        refuse(
-            return_z_loss=return_z_loss,
-            return_token_accuracy=return_token_accuracy,
-            return_predicted_tokens=return_predicted_tokens,
-        )
         # A buffer, as in torch.nn.CrossEntropyLoss, so that it moves with `.to()`.
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
@@ -52,10 +47,13 @@ class LigerCrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.reduction = reduction
         self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
 
-    def forward(self, _input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, _input: torch.Tensor, target: torch.Tensor) -> torch.Tensor | LF.CrossEntropyOutput:
         """Logits (T, V) and int64 targets (T,) to the loss, a scalar or (T,), in the logits' dtype."""
-        loss = LF.cross_entropy(
+        result = LF.cross_entropy(
             _input,
             target,
             self.weight,
@@ -64,5 +62,8 @@ class LigerCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
+            return_z_loss=self.return_z_loss,
+            return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
         )
-        return loss.to(_input.dtype)
+        return in_dtype(result, _input.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._loss_options import check_loss_options, refuse
+from liger_ops.nn._loss_options import check_loss_options
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
@@ -21,12 +21,12 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         softcap: ``c`` in ``c·tanh(logits/c)``, or None.
         accum_dtype: dtype in which the weight's gradient is accumulated over chunks; None is the weight's
             own.
-        return_z_loss, use_token_scaling, return_token_accuracy, return_predicted_tokens: of Liger's
-            signature; must be False.
+        use_token_scaling: multiplies each token's loss by the probability of its target, as a constant.
+        return_z_loss, return_token_accuracy, return_predicted_tokens: make forward return a
+            ``liger_ops.functional.CrossEntropyOutput`` with the fields asked for.
 
     Raises:
         ValueError: for an option outside its range.
-        NotImplementedError: for a flag that is set and not available.
     """
 
     def __init__(
@@ -45,12 +45,6 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_loss_options(reduction, label_smoothing, softcap)
-        refuse(
-            return_z_loss=return_z_loss,
-            use_token_scaling=use_token_scaling,
-            return_token_accuracy=return_token_accuracy,
-            return_predicted_tokens=return_predicted_tokens,
-        )
         self.register_buffer("ce_weight", ce_weight)
         self.ignore_index = ignore_index
         self.lse_square_scale = lse_square_scale
@@ -58,6 +52,10 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         self.reduction = reduction
         self.softcap = softcap
         self.accum_dtype = accum_dtype
+        self.use_token_scaling = use_token_scaling
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
 
     def forward(
         self,
@@ -65,7 +63,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         _input: torch.Tensor,
         target: torch.Tensor,
         bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | LF.CrossEntropyOutput:
         """Weight (V, H), input (T, H), int64 targets (T,), bias (V,) to the fp32 loss, 0-d or (T,)."""
         return LF.fused_linear_cross_entropy(
             _input,
@@ -79,4 +77,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
             accum_dtype=self.accum_dtype,
+            use_token_scaling=self.use_token_scaling,
+            return_z_loss=self.return_z_loss,
+            return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
         )

@@ -15,17 +15,22 @@ from liger_ops.nn import (
     LigerSwiGLUMLP,
 )
 from liger_ops.transformers.functional import (
+    CrossEntropyOutput,
     liger_cross_entropy,
     liger_fused_linear_cross_entropy,
+    liger_multimodal_rotary_pos_emb,
+    liger_qwen2vl_mrope,
     liger_rms_norm,
     liger_rope,
     liger_rotary_pos_emb,
+    liger_rotary_pos_emb_vision,
     liger_swiglu,
 )
 
 if TYPE_CHECKING:
     from liger_ops.transformers.apply import MODEL_TYPE_TO_APPLY_LIGER_FN, apply_liger_kernel_to_llama
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
+    from liger_ops.transformers.forwards.outputs import LigerCausalLMOutputWithPast
     from liger_ops.transformers.patching import patch, patched
     from liger_ops.transformers.report import PatchReport
     from liger_ops.transformers.trainer import install, uninstall
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MODEL_TYPE_TO_APPLY_LIGER_FN",
     "AutoLigerKernelForCausalLM",
+    "CrossEntropyOutput",
+    "LigerCausalLMOutputWithPast",
     "LigerCrossEntropyLoss",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerRMSNorm",
@@ -42,9 +49,12 @@ __all__ = [
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_vision",
     "liger_swiglu",
     "patch",
     "patched",
@@ -57,6 +67,7 @@ _LAZY = {
     "_apply_liger_kernel_to_instance": "apply",
     "apply_liger_kernel_to_llama": "apply",
     "AutoLigerKernelForCausalLM": "auto_model",
+    "LigerCausalLMOutputWithPast": "forwards.outputs",
     "PatchReport": "report",
     "install": "trainer",
     "patch": "patching",

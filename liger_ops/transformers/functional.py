@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import liger_ops.functional as LF
-from liger_ops.nn._loss_options import refuse
+from liger_ops.functional import CrossEntropyOutput
+from liger_ops.nn._loss_options import in_dtype
 
 __all__ = [
+    "CrossEntropyOutput",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_vision",
     "liger_swiglu",
 ]
 
@@ -43,17 +50,63 @@ def liger_rope(
     ``position_ids`` is not used. With ``unsqueeze_dim=2`` q and k are (B, S, H, D). ValueError for another
     ``unsqueeze_dim``.
     """
-    if cos.dim() == 2:
-        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    if unsqueeze_dim == 1:
-        return LF.rope(q, k, cos, sin)
-    if unsqueeze_dim == 2:
-        q, k = LF.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return _heads_at(unsqueeze_dim, LF.rope, q, k, cos, sin)
+
+
+def _heads_at(
+    dim: int,
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *args,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rotate(q, k, *args)`` for q and k with their heads in dimension ``dim``, 1 or 2."""
+    if dim == 1:
+        return rotate(q, k, *args)
+    if dim == 2:
+        q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), *args)
         return q.transpose(1, 2), k.transpose(1, 2)
-    raise ValueError(f"unsqueeze_dim must be 1 or 2 (the dimension of the heads), got {unsqueeze_dim}")
+    raise ValueError(f"unsqueeze_dim must be 1 or 2 (the dimension of the heads), got {dim}")
 
 
 liger_rotary_pos_emb = liger_rope
+
+
+def liger_rotary_pos_emb_vision(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding of vision patches: q and k (S, H, D), cos and sin (S, D).
+
+    Computed in fp32, returned in the dtype of q and k.
+    """
+
+    def heads_first(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).unsqueeze(0)
+
+    if cos.dtype != torch.float32 and cos.dtype != q.dtype:
+        cos, sin = cos.float(), sin.float()
+    q, k = LF.rope(heads_first(q), heads_first(k), cos, sin)
+    return q.squeeze(0).transpose(0, 1), k.squeeze(0).transpose(0, 1)
+
+
+def liger_qwen2vl_mrope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mrope_section: list[int],
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multimodal rotary position embedding of q (B, Hq, S, D) and k (B, Hk, S, D).
+
+    cos and sin are (3, 1 or B, S, D); ``mrope_section`` has the number of pairs that take their angle from
+    each of the three. With ``unsqueeze_dim=2`` q and k are (B, S, H, D). ValueError for another
+    ``unsqueeze_dim``.
+    """
+    return _heads_at(unsqueeze_dim, LF.mrope, q, k, cos, sin, mrope_section)
+
+
+liger_multimodal_rotary_pos_emb = liger_qwen2vl_mrope
 
 
 def liger_swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -75,20 +128,13 @@ def liger_cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of logits (T, V) and int64 targets (T,), in the logits' dtype as ``F.cross_entropy``
-    returns it.
-
-    Raises NotImplementedError for a ``return_*`` flag that is set.
+    returns it; a ``CrossEntropyOutput`` with one of the ``return_*`` flags.
     """
-    refuse(
-        return_z_loss=return_z_loss,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    loss = LF.cross_entropy(
+    result = LF.cross_entropy(
         input,
         target,
         weight,
@@ -97,8 +143,11 @@ def liger_cross_entropy(
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
     )
-    return loss.to(input.dtype)
+    return in_dtype(result, input.dtype)
 
 
 def liger_fused_linear_cross_entropy(
@@ -117,18 +166,10 @@ def liger_fused_linear_cross_entropy(
     use_token_scaling: bool = False,
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Cross entropy of ``input @ weightᵀ + bias`` for input (T, H), weight (V, H), int64 targets (T,); loss
-    in fp32.
-
-    Raises NotImplementedError for ``use_token_scaling`` or a ``return_*`` flag that is set.
+    in fp32. A ``CrossEntropyOutput`` with one of the ``return_*`` flags.
     """
-    refuse(
-        return_z_loss=return_z_loss,
-        use_token_scaling=use_token_scaling,
-        return_token_accuracy=return_token_accuracy,
-        return_predicted_tokens=return_predicted_tokens,
-    )
     return LF.fused_linear_cross_entropy(
         input,
         weight,
@@ -141,4 +182,8 @@ def liger_fused_linear_cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         accum_dtype=accum_dtype,
+        use_token_scaling=use_token_scaling,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
     )

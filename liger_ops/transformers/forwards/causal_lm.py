@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from transformers import modeling_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from liger_ops.functional import CrossEntropyOutput
 from liger_ops.transformers.forwards.lm_head import linear_head
 from liger_ops.transformers.forwards.loss import (
     LOSS_ARGUMENTS,
-    UNAVAILABLE_ARGUMENTS,
     causal_lm_loss,
     fused_causal_lm_loss,
+    logits_loss,
     next_token_targets,
 )
+from liger_ops.transformers.forwards.outputs import LigerCausalLMOutputWithPast
 
 # Also keeps one row per sample for a 2-D `logits_to_keep`; newer versions of transformers have it.
 _slice_logits_to_keep = getattr(modeling_utils, "slice_logits_to_keep", None)
@@ -52,7 +53,7 @@ def forward(
     skip_logits: bool | None = None,
     return_dict: bool | None = None,
     **kwargs: Any,
-) -> CausalLMOutputWithPast | tuple:
+) -> LigerCausalLMOutputWithPast | tuple:
     """The stock forward's arguments and results, with these additions.
 
     Args:
@@ -64,17 +65,16 @@ def forward(
             labels.
         logits_to_keep: with labels, the loss is over the kept positions.
         num_items_in_batch: divides the summed loss: a number or a tensor of one element on any device.
-        ignore_index, label_smoothing, lse_square_scale, accum_dtype: as in
+        ignore_index, label_smoothing, lse_square_scale, accum_dtype, use_token_scaling: as in
             ``liger_fused_linear_cross_entropy``.
+        return_token_accuracy, return_predicted_tokens, return_z_loss: fill the result's fields of those names
+            where there is a loss.
         return_dict: False returns a tuple. It starts with (loss, None) when logits were skipped, so that what
             follows keeps its position.
 
     Logits are computed in any case when the head is more than a linear map (``lm_head.py`` says when), or
     when ``model.loss_function`` was set to a function of the user's, which is then called.
     """
-    for name in UNAVAILABLE_ARGUMENTS:
-        if kwargs.pop(name, None):
-            raise NotImplementedError(f"{name} is not available in liger_ops; call the model without it")
     loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
     shift_labels = loss_arguments.get("shift_labels")
 
@@ -103,30 +103,34 @@ def forward(
     if skip_logits is None:
         skip_logits = self.training and labels is not None
 
-    loss = logits = None
+    logits = None
+    result = CrossEntropyOutput(None)
     head = linear_head(self.lm_head) if skip_logits and targets is not None else None
     if head is not None and head.obstacle is None:
-        loss = fused_causal_lm_loss(hidden_states, head.weight, head.bias, targets, **loss_arguments)
+        result = fused_causal_lm_loss(hidden_states, head.weight, head.bias, targets, **loss_arguments)
     else:
         logits = self.lm_head(hidden_states)
         if targets is not None:
             loss_arguments.pop("accum_dtype", None)
-            loss = causal_lm_loss(logits, None, shift_labels=targets, **loss_arguments)
+            result = logits_loss(logits, targets, **loss_arguments)
         elif labels is not None:
-            loss = self.loss_function(
+            result.loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments, **kwargs
             )
 
-    output = CausalLMOutputWithPast(
-        loss=loss,
+    output = LigerCausalLMOutputWithPast(
+        loss=result.loss,
         logits=logits,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
+        token_accuracy=result.token_accuracy,
+        predicted_tokens=result.predicted_tokens,
+        z_loss=result.z_loss,
     )
     if return_dict is None:
         return_dict = self.config.return_dict
     if return_dict:
         return output
     values = output.to_tuple()
-    return values if logits is not None else (loss, None, *values[1:])
+    return values if logits is not None else (result.loss, None, *values[1:])

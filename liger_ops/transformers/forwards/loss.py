@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 import liger_ops.functional as LF
+from liger_ops.functional import CrossEntropyOutput
 
 # Keyword arguments of a head's forward that belong to the loss and not to the backbone.
 LOSS_ARGUMENTS = (
@@ -17,14 +18,10 @@ LOSS_ARGUMENTS = (
     "label_smoothing",
     "lse_square_scale",
     "accum_dtype",
-)
-
-# Liger accepts these too. Ignored, the output would lack what the caller reads, so they are refused.
-UNAVAILABLE_ARGUMENTS = (
     "use_token_scaling",
+    "return_z_loss",
     "return_token_accuracy",
     "return_predicted_tokens",
-    "return_z_loss",
 )
 
 
@@ -40,6 +37,54 @@ def _single_number(num_items: torch.Tensor | int | float | None) -> torch.Tensor
     return num_items
 
 
+def _on_tokens(result: torch.Tensor | CrossEntropyOutput, targets: torch.Tensor) -> CrossEntropyOutput:
+    """What an operator returned for flattened targets, with one prediction for each of ``targets``."""
+    if isinstance(result, torch.Tensor):
+        return CrossEntropyOutput(result)
+    if result.predicted_tokens is not None:
+        result.predicted_tokens = result.predicted_tokens.view(targets.shape)
+    return result
+
+
+def logits_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> CrossEntropyOutput:
+    """Cross entropy of logits (B, S, V), of any floating dtype; no fp32 copy of them is made.
+
+    Args:
+        targets: (B, S) int64, shifted already; any device.
+        num_items_in_batch: divides the summed loss; without it the mean over targets that are not ignored is
+            taken.
+        options: of ``liger_ops.functional.cross_entropy``.
+
+    Returns:
+        0-d fp32 loss and what else was asked for; predicted tokens are (B, S).
+    """
+    num_items = _single_number(num_items_in_batch)
+    result = _on_tokens(
+        LF.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            targets.reshape(-1).to(logits.device),
+            ignore_index=ignore_index,
+            reduction="mean" if num_items is None else "sum",
+            **options,
+        ),
+        targets,
+    )
+    if num_items is None:
+        return result
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(logits.device, non_blocking=True)
+    result.loss = result.loss / num_items
+    if result.z_loss is not None:
+        result.z_loss = result.z_loss / num_items
+    return result
+
+
 def causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -49,36 +94,32 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
+    use_token_scaling: bool = False,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Next-token cross entropy, a drop-in for transformers' ``ForCausalLMLoss``.
 
     Args:
-        logits: (B, S, V), any floating dtype; no fp32 copy of them is made.
+        logits: (B, S, V).
         labels: (B, S) int64, shifted here. Not used when ``shift_labels`` is given.
         vocab_size: V, as transformers passes it; the logits' own width is used.
-        num_items_in_batch: divides the summed loss; without it the mean over targets that are not ignored is
-            taken.
         shift_labels: (B, S) targets that are shifted already.
+        num_items_in_batch, ignore_index, label_smoothing, lse_square_scale, use_token_scaling: as in
+            ``logits_loss``.
 
     Returns:
-        0-d fp32 loss.
+        0-d fp32 loss. A stock forward has no place for more, so the ``return_*`` options have no effect.
     """
     targets = next_token_targets(labels, ignore_index) if shift_labels is None else shift_labels
-    num_items = _single_number(num_items_in_batch)
-    loss = LF.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        targets.reshape(-1).to(logits.device),
-        ignore_index=ignore_index,
-        reduction="mean" if num_items is None else "sum",
+    return logits_loss(
+        logits,
+        targets,
+        num_items_in_batch,
+        ignore_index,
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
-    )
-    if num_items is None:
-        return loss
-    if isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(loss.device, non_blocking=True)
-    return loss / num_items
+        use_token_scaling=use_token_scaling,
+    ).loss
 
 
 def fused_causal_lm_loss(
@@ -87,12 +128,8 @@ def fused_causal_lm_loss(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    lse_square_scale: float = 0.0,
-    accum_dtype: torch.dtype | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
+    **options: Any,
+) -> CrossEntropyOutput:
     """Cross entropy of ``hidden_states @ weightᵀ + bias`` without the logits.
 
     Args:
@@ -101,19 +138,17 @@ def fused_causal_lm_loss(
         targets: (B, S) int64, shifted already; any device.
         num_items_in_batch: divides the summed loss; without it the mean over targets that are not ignored is
             taken.
+        options: of ``liger_ops.functional.fused_linear_cross_entropy``.
 
     Returns:
-        0-d fp32 loss.
+        0-d fp32 loss and what else was asked for; predicted tokens are (B, S).
     """
-    return LF.fused_linear_cross_entropy(
+    result = LF.fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         weight,
         targets.reshape(-1).to(hidden_states.device),
         bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
         num_items=_single_number(num_items_in_batch),
-        accum_dtype=accum_dtype,
+        **options,
     )
+    return _on_tokens(result, targets)
