@@ -238,11 +238,8 @@ def same(actual, expected, *inputs, **tolerance):
     """Equal results, and equal gradients of the inputs."""
     torch.testing.assert_close(actual, expected, **tolerance)
     upstream = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(actual, inputs, upstream),
-        torch.autograd.grad(expected, inputs, upstream),
-        strict=True,
-    ):
+    gradients = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (actual, expected))
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 

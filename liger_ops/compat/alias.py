@@ -136,15 +136,17 @@ def _sources(path: tuple[str, ...]) -> tuple[str, ...] | None:
             return ("liger_ops.transformers.apply", *_NAMES)
         case ("transformers", "model"):
             return ()
-        case ("transformers", "model", "loss_utils" | "output_classes" as name):
-            return (f"liger_ops.compat.{name}",)
+        case ("transformers", "model", "loss_utils"):
+            return ("liger_ops.compat.loss_utils",)
+        case ("transformers", "model", "output_classes"):
+            return ("liger_ops.transformers.forwards.outputs",)
         case ("transformers", "model", family) if _is_family(family):
             return (f"liger_ops.compat.model:{family}",)
         case ("transformers", op) if _is_operator(op):
             return _NAMES
         case ("ops",):
             return ("liger_ops.compat.ops",)
-        case ("ops", op) if _is_operator(op):
+        case ("ops", op) if _is_operator(op) or op == "fused_moe":
             return ("liger_ops.compat.ops",)
         case ("utils" | "env_report" as name,):
             return (f"liger_ops.compat.{name}",)

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from liger_ops.compat.ops import loss_values
+from liger_ops.functional import CrossEntropyOutput
 from liger_ops.transformers.forwards.loss import fused_causal_lm_loss, next_token_targets
 
 __all__ = ["LigerForCausalLMLoss", "unpack_cross_entropy_result"]
 
 unpack_cross_entropy_result = loss_values
 
-_OPTIONS = ("label_smoothing", "lse_square_scale", "accum_dtype")
+_OPTIONS = ("label_smoothing", "lse_square_scale", "accum_dtype", "use_token_scaling", "return_z_loss")
 
 
 def LigerForCausalLMLoss(
@@ -28,7 +29,7 @@ def LigerForCausalLMLoss(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Next-token cross entropy of ``hidden_states @ lm_head_weightᵀ``, without the logits.
 
     Args:
@@ -38,16 +39,14 @@ def LigerForCausalLMLoss(
         hidden_size: H, as Liger's callers pass it.
         num_items_in_batch: divides the summed loss; without it the mean over targets that are not ignored is
             taken.
-        **kwargs: ``label_smoothing``, ``lse_square_scale``, ``accum_dtype`` as in
-            ``liger_fused_linear_cross_entropy``; others are dropped, because callers pass on whatever the
-            model was called with.
+        **kwargs: options of ``liger_fused_linear_cross_entropy``; others are dropped, because callers pass on
+            whatever the model was called with.
+
+    Returns:
+        0-d fp32 loss; a ``CrossEntropyOutput`` with one of the ``return_*`` flags.
     """
-    options = {
-        name: kwargs[name]
-        for name in ("label_smoothing", "lse_square_scale", "accum_dtype")
-        if name in kwargs
-    }
-    return fused_causal_lm_loss(
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+    result = fused_causal_lm_loss(
         hidden_states,
         lm_head_weight,
         None,
@@ -55,5 +54,9 @@ def LigerForCausalLMLoss(
         num_items_in_batch=num_items_in_batch,
         ignore_index=ignore_index,
         softcap=final_logit_softcapping,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
         **options,
     )
+    plain = not (return_token_accuracy or return_predicted_tokens or options.get("return_z_loss"))
+    return result.loss if plain else result

@@ -6,6 +6,7 @@ but ``apply``. Arguments that tune Liger's kernels, and ``in_place``, are accept
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -199,6 +200,24 @@ class LigerGELUMulFunction:
     def apply(a: Tensor, b: Tensor) -> Tensor:
         """``liger_geglu``."""
         return functional.liger_geglu(a, b)
+
+
+class LigerFusedMoEFunction:
+    @staticmethod
+    def apply(
+        x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """SwiGLU experts: tokens (T, H), stacked weights (E, 2I, H) and (E, H, I), and for each token the
+        indices and weights (T, K) of its experts."""
+        from liger_ops.transformers.experts import experts_forward
+
+        experts = SimpleNamespace(
+            gate_up_proj=gate_up_proj,
+            down_proj=down_proj,
+            num_experts=gate_up_proj.shape[0],
+            act_fn=torch.nn.SiLU(),
+        )
+        return experts_forward(experts, x, top_k_index.long(), top_k_weights)
 
 
 def _casting_mode(mode: str | int) -> str:
