@@ -97,7 +97,7 @@ def test_statistics(device):
     target = torch.tensor([1, -100, 3, 4, 29], device=device)
     lse = torch.logsumexp(logits.detach(), 1).masked_fill(target == -100, 0)
     for reduction in ("none", "sum", "mean"):
-        loss, z_loss, lse_out = torch.ops.liger.cross_entropy(
+        loss, z_loss, lse_out, *absent = torch.ops.liger.cross_entropy(
             logits, target, lse_square_scale=0.5, reduction=reduction
         )
         plain = torch.ops.liger.cross_entropy(logits, target, reduction=reduction)
@@ -107,6 +107,7 @@ def test_statistics(device):
         torch.testing.assert_close(lse_out, lse)
         assert loss.requires_grad and not z_loss.requires_grad and not lse_out.requires_grad
         assert plain[1].shape == plain[0].shape and (plain[1] == 0).all()
+        assert [t.shape for t in absent] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 7, 2**40])
@@ -132,5 +133,17 @@ def test_backward_operator_checks_its_targets():
     logits, lse, totals = torch.randn(2, 5), torch.zeros(2), torch.ones(3)
     with pytest.raises(IndexError, match="liger::cross_entropy_backward: target must be in"):
         torch.ops.liger.cross_entropy_backward(
-            torch.ones(()), logits, torch.tensor([1, 5]), None, lse, lse, totals, -100, 0.0, 0.0, None, "mean"
+            torch.ones(()),
+            logits,
+            torch.tensor([1, 5]),
+            None,
+            lse,
+            lse,
+            totals,
+            -100,
+            0.0,
+            0.0,
+            None,
+            "mean",
+            False,
         )

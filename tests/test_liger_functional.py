@@ -1,4 +1,4 @@
-"""The functions under Liger's names: argument order, result dtypes, and what they refuse."""
+"""The functions under Liger's names: argument order, result dtypes, and what else they return."""
 
 import pytest
 import torch
@@ -117,11 +117,39 @@ def test_fused_linear_cross_entropy(x, head, target):
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("flag", ["return_z_loss", "return_token_accuracy", "return_predicted_tokens"])
-def test_refused_flags(x, head, target, flag):
-    with pytest.raises(NotImplementedError, match=flag):
-        lf.liger_cross_entropy(x, target, **{flag: True})
-    with pytest.raises(NotImplementedError, match=flag):
-        lf.liger_fused_linear_cross_entropy(x, head, target, **{flag: True})
-    with pytest.raises(NotImplementedError, match="use_token_scaling"):
-        lf.liger_fused_linear_cross_entropy(x, head, target, use_token_scaling=True)
+def test_cross_entropy_output(x, head, target):
+    """The flags in Liger's positions; the loss and the z-loss in the logits' dtype."""
+    logits = (x @ head.T).bfloat16()
+    output = lf.liger_cross_entropy(
+        logits, target, None, None, -100, None, "mean", 0.0, 0.1, None, True, True, True
+    )
+    assert isinstance(output, lf.CrossEntropyOutput)
+    kept = target != -100
+    right = logits.argmax(1) == target
+    assert output.loss.dtype == output.z_loss.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        output.z_loss, (0.1 * (logits.float().logsumexp(1)[kept] ** 2).mean()).bfloat16()
+    )
+    torch.testing.assert_close(output.token_accuracy, right[kept].float().mean())
+    assert torch.equal(output.predicted_tokens, torch.where(kept, logits.argmax(1), -1))
+    output = lf.liger_cross_entropy(logits, target, return_predicted_tokens=True)
+    assert output.z_loss is None and output.token_accuracy is None
+
+
+def test_fused_linear_cross_entropy_output(x, head, target):
+    arguments = (x, head, target, None, None, -100, 0.1, 0.0, "none", None, True, None, True, True, True)
+    output = lf.liger_fused_linear_cross_entropy(*arguments)
+    expected = lf.liger_cross_entropy(
+        x @ head.T,
+        target,
+        reduction="none",
+        lse_square_scale=0.1,
+        return_z_loss=True,
+        return_token_accuracy=True,
+        return_predicted_tokens=True,
+    )
+    probability = torch.softmax(x @ head.T, 1).gather(1, target.clamp_min(0)[:, None])[:, 0]
+    torch.testing.assert_close(output.loss, probability * expected.loss)
+    torch.testing.assert_close(output.z_loss, probability * expected.z_loss)
+    torch.testing.assert_close(output.token_accuracy, expected.token_accuracy)
+    assert torch.equal(output.predicted_tokens, expected.predicted_tokens)

@@ -1,17 +1,31 @@
 """The contract on both losses. What is special about each is in a file of its own."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from liger_ops.functional import cross_entropy, fused_linear_cross_entropy
+from liger_ops.functional import CrossEntropyOutput, cross_entropy, fused_linear_cross_entropy
 from tests.contract import BadCall, Case, Inputs, OperatorContract
 from tests.reference.cross_entropy import cross_entropy as cross_entropy_reference
 from tests.reference.fused_linear_cross_entropy import fused_linear_cross_entropy as fused_reference
 
 EVERYTHING = {"label_smoothing": 0.2, "lse_square_scale": 1e-2, "softcap": 5.0}
+SCALED = {"use_token_scaling": True}
+DETAILS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+
+
+def loss_of(function):
+    """The function's one differentiable result; the others are tested in test_loss_options.py."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result.loss if isinstance(result, CrossEntropyOutput) else result
+
+    return call
 
 
 def targets(tokens, classes, device, ignored=0.25):
@@ -39,8 +53,8 @@ def transposed_logits(device, dtype):
 
 
 class TestCrossEntropy(OperatorContract):
-    function = staticmethod(cross_entropy)
-    reference = staticmethod(cross_entropy_reference)
+    function = staticmethod(loss_of(cross_entropy))
+    reference = staticmethod(loss_of(cross_entropy_reference))
     cases = [
         Case("mean", logits(9, 64), terms=64),
         Case("sum", logits(9, 33, reduction="sum"), terms=33),
@@ -50,6 +64,23 @@ class TestCrossEntropy(OperatorContract):
         Case("softcap", logits(9, 40, softcap=3.0, scale=3.0), terms=40),
         Case("class weights", logits(9, 40, weight=True), terms=40),
         Case("everything", logits(9, 41, weight=True, **EVERYTHING), terms=41),
+        Case("token scaling", logits(9, 40, **SCALED), terms=40, total_derivative=False),
+        Case(
+            "token scaling with everything",
+            logits(9, 41, weight=True, **EVERYTHING, **SCALED, **DETAILS),
+            terms=41,
+            total_derivative=False,
+        ),
+        Case(
+            "token scaling, none",
+            logits(9, 33, weight=True, reduction="none", **EVERYTHING, **SCALED, **DETAILS),
+            terms=33,
+            total_derivative=False,
+        ),
+        Case("details", logits(9, 64, **DETAILS), terms=64),
+        Case("all ignored with details", logits(4, 16, ignored=1.1, **SCALED, **DETAILS)),
+        Case("no rows with details", logits(0, 16, **SCALED, **DETAILS)),
+        Case("wide with details", logits(5, 32003, **DETAILS), terms=32003, small=False),
         Case("all ignored", logits(4, 16, ignored=1.1)),
         Case("none ignored", logits(4, 16, ignored=-1.0), terms=16),
         Case("one row", logits(1, 50, ignored=-1.0), terms=50),
@@ -167,8 +198,8 @@ def linear(
 
 
 class TestFusedLinearCrossEntropy(OperatorContract):
-    function = staticmethod(fused_linear_cross_entropy)
-    reference = staticmethod(fused_reference)
+    function = staticmethod(loss_of(fused_linear_cross_entropy))
+    reference = staticmethod(loss_of(fused_reference))
     differentiable = (0, 1, 3)
     # The logits are rounded to the dtype, which moves each probability; then their gradient is rounded; then
     # the sums. With logits of size up to 3 the first step alone amounts to several roundings.
@@ -183,6 +214,24 @@ class TestFusedLinearCrossEntropy(OperatorContract):
         Case("number of items", linear(items=5), terms=37, roundings=8),
         Case("tensor of items", linear(items=lambda d: torch.tensor(5, device=d)), terms=37, roundings=8),
         Case("float32 sums", linear(wide_sums=True, chunk_rows=4), terms=37, roundings=8),
+        Case("token scaling", linear(chunk_rows=4, **SCALED), terms=37, roundings=8, total_derivative=False),
+        Case(
+            "token scaling with everything",
+            linear(bias=True, weight=True, items=5, chunk_rows=4, **EVERYTHING, **SCALED, **DETAILS),
+            terms=37,
+            roundings=8,
+            total_derivative=False,
+        ),
+        Case(
+            "token scaling, none",
+            linear(bias=True, weight=True, reduction="none", chunk_rows=4, **EVERYTHING, **SCALED, **DETAILS),
+            terms=37,
+            roundings=8,
+            total_derivative=False,
+        ),
+        Case("details", linear(chunk_rows=4, wide_sums=True, **DETAILS), terms=37, roundings=8),
+        Case("all ignored with details", linear(ignored=1.1, **SCALED, **DETAILS), terms=37, roundings=8),
+        Case("no rows with details", linear(tokens=0, **SCALED, **DETAILS)),
         Case("all ignored", linear(ignored=1.1), terms=37, roundings=8),
         Case("one row", linear(tokens=1, ignored=-1.0), terms=37, roundings=8),
         Case("no rows", linear(tokens=0)),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liger_ops.functional import CrossEntropyOutput
 from liger_ops.nn import (
     LigerCrossEntropyLoss,
     LigerFusedLinearCrossEntropyLoss,
@@ -183,13 +184,45 @@ def test_loss_errors(cls):
         cls(label_smoothing=1.5)
     with pytest.raises(ValueError, match="softcap must be positive or None, got -1.0"):
         cls(softcap=-1.0)
-    for flag in ("return_z_loss", "return_token_accuracy", "return_predicted_tokens"):
-        with pytest.raises(NotImplementedError, match=flag):
-            cls(**{flag: True})
     with pytest.raises(TypeError, match="unknown"):
         cls(unknown=1)
 
 
-def test_token_scaling_is_refused():
-    with pytest.raises(NotImplementedError, match="use_token_scaling"):
-        LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)
+FIELDS = ("z_loss", "token_accuracy", "predicted_tokens")
+
+
+@pytest.mark.parametrize("flags", [FIELDS, *((name,) for name in FIELDS)], ids=str)
+def test_fields_beside_the_loss(device, flags):
+    x = random(ROWS, HIDDEN, device=device).bfloat16()
+    weight = random(VOCAB, HIDDEN, device=device).bfloat16()
+    logits, target = F.linear(x, weight), targets(device)
+    options = {f"return_{name}": True for name in flags} | {"lse_square_scale": 0.1}
+    outputs = (
+        LigerCrossEntropyLoss(**options)(logits, target),
+        LigerFusedLinearCrossEntropyLoss(**options)(weight, x, target),
+    )
+    kept = target != -100
+    predicted = torch.where(kept, logits.argmax(1), -1)
+    expected = {
+        "z_loss": 0.1 * (logits.float().logsumexp(-1)[kept] ** 2).mean(),
+        "token_accuracy": (predicted == target)[kept].float().mean(),
+        "predicted_tokens": predicted,
+    }
+    for output, dtype in zip(outputs, (torch.bfloat16, torch.float32), strict=True):
+        assert isinstance(output, CrossEntropyOutput) and output.loss.dtype == dtype
+        for name in FIELDS:
+            value = getattr(output, name)
+            if name not in flags:
+                assert value is None
+            elif name == "z_loss":  # as the loss in the logits' dtype, where that has Liger's
+                torch.testing.assert_close(value, expected[name].to(dtype))
+            else:
+                torch.testing.assert_close(value, expected[name])
+
+
+def test_token_scaling(device):
+    x, weight = random(ROWS, HIDDEN, device=device), random(VOCAB, HIDDEN, device=device)
+    loss = LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)(weight, x, targets(device))
+    each = F.cross_entropy(F.linear(x, weight), targets(device), reduction="none")
+    expected = (each * torch.exp(-each).detach()).sum() / (targets(device) != -100).sum()
+    compare(loss, expected, [x, weight])

@@ -4,6 +4,7 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/frexp.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
@@ -93,13 +94,17 @@ class Chunks {
     return scale;
   }
 
+  // In float16, a power of two for the upstream gradients of scaled tokens. Gradients p_t * p of unlikely
+  // tokens would underflow; none is above 1/4, and sums over tokens are means here, so there is room above.
+  double token_power() const { return float16() && args_.options.loss.use_token_scaling ? 256 : 1; }
+
   CrossEntropyOutputs outputs() const {
     return cross_entropy_outputs(device_.rows, results, target_, totals, args_.options.loss);
   }
 
-  // Fills results, and computes the gradients that are asked for, of the reduced loss or for the dloss of
-  // each token. In float16 powers of two are left out: that of the divisor (CrossEntropyRows::divide), which
-  // dloss goes without, and sum_scale() from the sums over tokens, which would leave the range.
+  // Fills results, and computes the gradients that are asked for, for an upstream gradient of the reduced
+  // loss or one of each token. In float16 powers of two are left out: that of the divisor of the reduced loss
+  // (CrossEntropyRows::divide), and sum_scale() from the sums over tokens, which would leave the range.
   FusedLinearCrossEntropyGradients run(const at::Tensor& dloss) {
     const auto compute = input_.options();
     const auto dinput =
@@ -124,7 +129,7 @@ class Chunks {
           at::mm_out(logits, input, weight_.t());
         }
         const auto rows_of = [&](const at::Tensor& t) {
-          return t.defined() ? t.narrow(0, start, count) : at::Tensor();
+          return t.defined() && t.dim() > 0 ? t.narrow(0, start, count) : t;
         };
         device_.rows.forward({.op = args_.op,
             .logits = logits,
@@ -138,7 +143,7 @@ class Chunks {
             .row_scale = rows_of(results.row_scale),
             .predicted = rows_of(results.predicted),
             .options = args_.options.loss,
-            .divide = !float16() || dloss.defined()});
+            .divide = !float16() || args_.options.loss.reduction == Reduction::kNone});
 
         // The buffer holds the gradient of the logits now.
         const double beta = start == 0 ? 0 : 1;
@@ -169,7 +174,10 @@ class Chunks {
 
   int64_t workspace() const {
     const auto& asked = args_.options.workspace_bytes;
-    const int64_t statistics = 4 * tokens_ * static_cast<int64_t>(results.lse.element_size());
+    const auto bytes = [](const at::Tensor& t) {
+      return t.defined() ? static_cast<int64_t>(t.nbytes()) : int64_t{0};
+    };
+    const int64_t statistics = 4 * bytes(results.lse) + bytes(results.row_scale) + bytes(results.predicted);
     return (asked ? *asked : device_.default_workspace(weight_)) - statistics;
   }
 
@@ -220,10 +228,12 @@ FusedLinearCrossEntropyForward fused_linear_cross_entropy_forward_on(
   const Arguments args{
       op, input, weight, target, bias, ce_weight, num_items, options, need_dinput, need_dweight, need_dbias};
   Chunks chunks(device, args);
-  const auto gradients = chunks.run(/*dloss=*/{});
+  const double token_power = chunks.token_power();
+  const auto dloss = token_power == 1 ? at::Tensor() : at::full({}, token_power, chunks.totals.options());
+  const auto gradients = chunks.run(dloss);
   auto grad_scale = at::empty({0}, chunks.totals.options());
   if (chunks.float16() && chunks.gradients()) {
-    const auto scale = reciprocal_or_zero(power_of_two(chunks.totals.select(0, 0)));
+    const auto scale = reciprocal_or_zero(power_of_two(chunks.totals.select(0, 0)).mul(token_power));
     grad_scale = at::stack({scale, scale.mul(chunks.sum_scale())});
   }
   return std::tuple_cat(chunks.outputs(), gradients, std::make_tuple(grad_scale));
@@ -248,7 +258,7 @@ FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_on(
   Chunks chunks(device, args);
   if (!chunks.float16() || input.size(0) == 0) return chunks.run(dloss.contiguous());
   // The power of two of the largest upstream gradient is kept out of the float16 products.
-  const auto power = power_of_two(at::amax(dloss.abs()));
+  const auto power = power_of_two(at::amax(dloss.abs())).div(chunks.token_power());
   const auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
   const auto& [dinput, dweight, dbias] = gradients;
   const auto sum_power = power.mul(chunks.sum_scale());

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import BATCH, LENGTH, Operators, assert_same_gradients, batch, step, tiny, twin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from liger_ops.transformers import patch
+from liger_ops.transformers import LigerCausalLMOutputWithPast, patch
 
 VOCAB = 128
 
@@ -266,11 +266,69 @@ def test_accum_dtype(model, stock, inputs):
         close(model.train(mode)(**inputs, accum_dtype=torch.float32).loss, stock(**inputs).loss)
 
 
-@pytest.mark.parametrize("name", ["return_token_accuracy", "use_token_scaling", "return_predicted_tokens"])
-def test_unavailable_options(model, inputs, name):
-    with pytest.raises(NotImplementedError, match=name):
-        model(**inputs, **{name: True})
-    assert model(**inputs, **{name: False}).loss.isfinite()
+@pytest.mark.parametrize("training", [True, False])
+def test_token_scaling(model, stock, inputs, training):
+    model.train(training)
+    targets = shifted(inputs["labels"]).reshape(-1)
+    each = F.cross_entropy(stock(**inputs).logits.reshape(-1, VOCAB), targets, reduction="none")
+    scaled = (each * torch.exp(-each)).sum()
+    close(model(**inputs, use_token_scaling=True).loss, scaled / (targets != -100).sum())
+    close(model(**inputs, use_token_scaling=True, num_items_in_batch=7).loss, scaled / 7)
+
+
+DETAILS = ("token_accuracy", "predicted_tokens", "z_loss")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(7)])
+def test_details_of_the_loss(model, stock, inputs, training, num_items):
+    model.train(training)
+    out = model(
+        **inputs,
+        lse_square_scale=0.1,
+        num_items_in_batch=num_items,
+        **{f"return_{name}": True for name in DETAILS},
+    )
+    assert isinstance(out, LigerCausalLMOutputWithPast)
+    targets, logits = shifted(inputs["labels"]), stock(**inputs).logits
+    kept = targets != -100
+    assert torch.equal(out.predicted_tokens, torch.where(kept, logits.argmax(-1), -1))
+    close(out.token_accuracy, (logits.argmax(-1) == targets)[kept].float().mean())
+    z = 0.1 * (logits.logsumexp(-1)[kept] ** 2).sum()
+    close(out.z_loss, z / (kept.sum() if num_items is None else 7))
+    assert out.loss.requires_grad and not out.z_loss.requires_grad
+
+
+@pytest.mark.parametrize("name", DETAILS)
+def test_details_only_when_asked_for(model, inputs, name):
+    """The Trainer gathers every field that is not None."""
+    for asked in (True, False):
+        out = model(**inputs, **{f"return_{name}": asked})
+        assert {field for field in DETAILS if field in out} == ({name} if asked else set())
+    plain = model.eval()(**inputs, return_dict=False)
+    values = model(**inputs, return_dict=False, **{f"return_{name}": True})
+    assert len(values) == len(plain) + 1
+    assert torch.equal(values[-1], model(**inputs, **{f"return_{name}": True})[name])
+    del inputs["labels"]
+    assert name not in model(**inputs, **{f"return_{name}": True})
+
+
+def test_details_with_the_users_own_loss(model, inputs):
+    """Whatever that function makes of the options, the forward has a loss and nothing else."""
+    model.loss_function = lambda logits, labels, **kwargs: logits.float().mean()
+    out = model(**inputs, return_token_accuracy=True)
+    assert out.loss is not None and "token_accuracy" not in out
+
+
+def test_details_where_only_the_loss_function_is_patched(stock, inputs):
+    """The stock forward has no place for them, and gets a plain loss."""
+    expected = stock(**inputs).loss
+    patch(
+        stock, cross_entropy=True, fused_linear_cross_entropy=False, rope=False, rms_norm=False, swiglu=False
+    )
+    out = stock(**inputs, return_token_accuracy=True)
+    assert isinstance(out.loss, torch.Tensor)
+    close(out.loss, expected)
 
 
 def test_evaluation_loss_makes_no_float_copy_of_the_logits(device):

@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+from liger_ops.functional import CrossEntropyOutput
+
 
 def cross_entropy(
     logits: Tensor,
@@ -11,10 +13,15 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
-) -> Tensor:
+    use_token_scaling: bool = False,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
     """`F.cross_entropy` written out, with soft-capped logits and the z-loss `lse_square_scale * lse**2`.
 
     The mean divides the cross entropy by the weights of the targets that count, the z-loss by their number.
+    Token scaling multiplies both, per row, by the detached probability of the target.
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits.to(wide)
@@ -31,9 +38,28 @@ def cross_entropy(
     if label_smoothing != 0:
         ce = ce + label_smoothing / classes * (w * neg_log_p).sum(1)
     z = lse_square_scale * lse**2
+    if use_token_scaling:
+        probability = torch.softmax(x, 1).gather(1, t[:, None])[:, 0].detach()
+        ce, z = ce * probability, z * probability
+    predicted = logits[counts].argmax(1)
+    right = (predicted == t).float()
+
+    def per_row(values: Tensor, ignored: float) -> Tensor:
+        rows = torch.full(target.shape, ignored, dtype=values.dtype, device=x.device)
+        return rows.masked_scatter(counts, values)
 
     if reduction == "none":
-        return torch.zeros(target.shape, dtype=wide, device=x.device).masked_scatter(counts, ce + z)
-    if reduction == "sum" or t.numel() == 0:
-        return ce.sum() + z.sum()
-    return ce.sum() / w[t].sum() + z.sum() / t.numel()
+        loss, z_loss, accuracy = (per_row(values, 0) for values in (ce + z, z, right))
+    else:
+        divide = reduction == "mean" and t.numel() > 0
+        z_loss = z.sum() / t.numel() if divide else z.sum()
+        loss = (ce.sum() / w[t].sum() if divide else ce.sum()) + z_loss
+        accuracy = right.mean() if t.numel() > 0 else right.sum()
+    if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        z_loss.detach() if return_z_loss else None,
+        accuracy if return_token_accuracy else None,
+        per_row(predicted, -1) if return_predicted_tokens else None,
+    )

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from liger_ops.functional import CrossEntropyOutput
 from tests.reference.cross_entropy import cross_entropy
 
 
@@ -19,10 +20,11 @@ def fused_linear_cross_entropy(
     num_items: Tensor | float | None = None,
     accum_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
-) -> Tensor:
-    """Cross entropy of `F.linear(input, weight, bias)`. The last two options change no meaning."""
+    **options: bool,
+) -> Tensor | CrossEntropyOutput:
+    """Cross entropy of `F.linear(input, weight, bias)`; accum_dtype and workspace_bytes change no meaning."""
     logits = torch.nn.functional.linear(input, weight, bias)
-    options = dict(
+    options |= dict(
         weight=ce_weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -31,4 +33,10 @@ def fused_linear_cross_entropy(
     )
     if num_items is None or reduction != "mean":
         return cross_entropy(logits, target, reduction=reduction, **options)
-    return cross_entropy(logits, target, reduction="sum", **options) / num_items
+    result = cross_entropy(logits, target, reduction="sum", **options)
+    if isinstance(result, Tensor):
+        return result / num_items
+    result.loss = result.loss / num_items
+    if result.z_loss is not None:
+        result.z_loss = result.z_loss / num_items
+    return result
