@@ -5,9 +5,11 @@ import importlib.util
 import inspect
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,3 +377,33 @@ def test_utils(alias, capsys):
     assert infer_comm_backend() in ("nccl", "gloo")
     print_env_report()
     assert liger_ops.__version__ in capsys.readouterr().out
+
+
+MIGRATING = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text()
+IMPORTS = re.findall(r"^from liger_kernel.*$", MIGRATING, flags=re.MULTILINE)
+
+
+@needs_transformers
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_documented_import(alias, statement):
+    exec(statement)
+
+
+def test_documented_names_are_the_ones_that_are_checked():
+    """Whatever has a signature in the table is in the page, and the other way round."""
+    lists = [line.split("import", 1)[1].split("#")[0] for line in IMPORTS]
+    documented = {name.strip() for names in lists for name in names.split(",")}
+    checked = {path.rsplit(".", 1)[1] for table in (FUNCTIONS, AUTOGRAD_FUNCTIONS, MODULES) for path in table}
+    others = {
+        "AutoLigerKernelForCausalLM",
+        "LigerCausalLMOutputWithPast",
+        "MODEL_TYPE_TO_APPLY_LIGER_FN",
+        "lce_forward",
+    }
+    assert documented == checked | others
+
+
+def test_documented_refusals(alias):
+    for name in ("LigerJSD", "LigerKLDIVLoss", "LigerTVDLoss", "LigerDyT", "LigerGroupNorm", "LigerSoftmax"):
+        with pytest.raises(ImportError, match=f"{name} is not available"):
+            exec(f"from liger_kernel.transformers import {name}")

@@ -94,15 +94,13 @@ def test_a_local_model_and_text(tmp_path):
     assert results["runs"]["liger"]["liger_operator_calls_per_step"]["rms_norm"] == 3
 
 
-def test_hub_names_without_datasets_say_what_to_do(tmp_path):
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        done = finetune(tmp_path, "--dataset", "no-such-owner/no-such-text")
-        assert done.returncode != 0
-        assert "pip install datasets" in done.stderr
-    else:
-        pytest.skip("datasets is installed here")
+def test_hub_names_without_datasets_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    from _text import load_documents
+
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        load_documents("no-such-owner/no-such-text", "text", 1000)
 
 
 @pytest.mark.parametrize(
