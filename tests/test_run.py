@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from multiprocessing import spawn
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def in_process(monkeypatch):
     """``main`` may change what a process of its own would: everything is put back."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(spawn, "get_preparation_data", spawn.get_preparation_data)
     yield
     uninstall_liger_kernel_alias()
     sys.modules.pop("liger_kernel", None)
@@ -54,7 +56,7 @@ def folder(tmp_path):
     return scripts
 
 
-@pytest.mark.parametrize("script", ["scripts/show.py", "link.py"])
+@pytest.mark.parametrize("script", ["link.py", pytest.param("scripts/show.py", marks=pytest.mark.slow)])
 def test_as_python_runs_a_script(folder, script):
     cwd = folder.parent
     (cwd / "link.py").symlink_to(folder / "show.py")
@@ -232,6 +234,33 @@ assert output.logits is None and abs(output.loss - stock) < 1e-5
 assert set(count.calls) == {{"fused_linear_cross_entropy"}}
 print("operators ran")
 """
+
+
+SPAWN = """
+import sys
+import torch
+from liger_kernel.transformers import LigerRMSNorm
+from liger_kernel.ops import LigerSiLUMulFunction
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return LigerRMSNorm(4)(torch.full((4,), 2.0 + index)).detach()
+
+if __name__ == "__main__":
+    loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context=sys.argv[1])
+    print([batch.mean().round().item() for batch in loader])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_processes_started_anew(tmp_path, method):
+    script = tmp_path / "train.py"
+    script.write_text(SPAWN)
+    done = run(script, method)
+    assert done.returncode == 0 and done.stdout.strip() == "[1.0, 1.0]", done.stderr
 
 
 def test_script_with_classes(tmp_path):

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import runpy
 import sys
+from multiprocessing import spawn
+from typing import Any
 
 from liger_ops.compat import install_liger_kernel_alias
 
@@ -70,9 +72,38 @@ def _set_script_folder(script: str) -> None:
 def _install(override: bool) -> None:
     try:
         install_liger_kernel_alias(override)
+        _reach_spawned_processes()
     except ImportError as error:
         print(f"liger_ops run: {error}", file=sys.stderr)
     if importlib.util.find_spec("transformers") is not None:
         from liger_ops.transformers import install
 
         install()
+
+
+class _AliasForChild:
+    """Becomes a call of ``_prepare_child`` where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _prepare_child, ()
+
+
+def _prepare_child() -> None:
+    # The parent has decided whose name it is.
+    install_liger_kernel_alias(override=True)
+    _reach_spawned_processes()
+
+
+def _reach_spawned_processes() -> None:
+    """Install the alias in processes that multiprocessing starts anew (``spawn``, ``forkserver``) too.
+
+    Such a process gets a dict from its parent, and imports the script as that says. Unpickling the dict comes
+    before, and entries that multiprocessing does not know do no harm.
+    """
+    stock = spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {**stock(name), "liger_ops": _AliasForChild()}
+
+    if stock.__module__ != __name__:
+        spawn.get_preparation_data = get_preparation_data
