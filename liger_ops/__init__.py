@@ -9,6 +9,9 @@ from liger_ops._library import build_info, load, operators
 
 load()
 
+# Needs the operators.
+from liger_ops import _flops as _flops  # noqa: E402
+
 __version__: str = build_info()["version"]
 
 __all__ = ["__version__", "build_info", "operators"]

@@ -52,6 +52,17 @@ def rms_norm(
     Raises:
         TypeError: a dtype is not supported.
         ValueError: shapes or devices do not fit, or casting_mode is unknown.
+
+    Rounding:
+        Forward as casting_mode says. dx and dweight are computed in float32 from the saved rstd and rounded
+        once; with `"llama"`, dweight multiplies dy with the rounded normalised x, as autograd would.
+
+    Saves:
+        x, weight, and rstd in float32 (4 bytes a row).
+
+    Moves:
+        Forward reads x and writes y. Backward reads dy and x and writes dx; partial sums of dweight add a row
+        of float32 for each group of rows.
     """
     return _rms_norm(x, weight, eps, offset, casting_mode)[0]
 
@@ -79,6 +90,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fal
         TypeError: a dtype is not supported, or k's differs from q's.
         ValueError: shapes or devices do not fit.
         NotImplementedError: cos or sin requires a gradient.
+
+    Rounding:
+        The result, once. Hugging Face's eager code rounds every product and sum to the dtype.
+
+    Saves:
+        cos and sin; neither q nor k.
+
+    Moves:
+        Reads and writes q and k once, and cos and sin once a token; backward moves the same.
     """
     return _rope(q, k, cos, sin, interleaved)
 
@@ -101,6 +121,15 @@ def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mrope_section: list[in
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `rope`; ValueError for sections that do not fit.
+
+    Rounding:
+        As `rope`.
+
+    Saves:
+        cos and sin; neither q nor k.
+
+    Moves:
+        As `rope`: of the three planes only the columns that are used are read.
     """
     return _mrope(q, k, cos, sin, mrope_section)
 
@@ -120,6 +149,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         TypeError: a dtype is not supported, or up's differs from gate's.
         ValueError: shapes or devices differ.
+
+    Rounding:
+        `silu(gate)`, then the product. The gradients are computed in float32 and rounded once.
+
+    Saves:
+        gate and up; the activation is computed again.
+
+    Moves:
+        Forward reads gate and up and writes the result. Backward reads dout, gate and up and writes dgate and
+        dup.
     """
     return _swiglu(gate, up)
 
@@ -212,6 +251,17 @@ def cross_entropy(
         TypeError: a dtype is not supported, or the target is not int64.
         ValueError: shapes, devices or options do not fit.
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
+
+    Rounding:
+        Everything is float32; the gradient is rounded once, to the logits' dtype. Where the target's
+        probability is near 1, its distance from 1 keeps its digits, and the log-sum-exp of large logits is
+        kept in two parts.
+
+    Saves:
+        The logits, the target, and two float32 numbers a row (the log-sum-exp).
+
+    Moves:
+        Forward reads the logits once. Backward reads them and writes their gradient.
     """
     outputs = _cross_entropy(
         logits,
@@ -281,6 +331,21 @@ def fused_linear_cross_entropy(
         TypeError: dtypes do not fit.
         ValueError: shapes, devices or options do not fit.
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
+
+    Rounding:
+        The logits of a chunk and their gradient are rounded to the products' dtype; the loss is float32. In
+        float16 the gradients of the logits are scaled by a power of two, taken back in float32, so that
+        division by the number of tokens does not underflow. The weight's gradient is rounded to its dtype
+        after every chunk unless accum_dtype is float32.
+
+    Saves:
+        For `"mean"` and `"sum"` the gradients that were asked for, each of its argument's size; for `"none"`
+        the arguments, and the log-sum-exp of each token.
+
+    Moves:
+        Three matrix products of 2 * tokens * hidden * classes flops (one without gradients; four for `"none"`
+        with them), and each chunk of logits: written by its product, read for the loss, replaced by its
+        gradient, and read by two products.
     """
     if num_items is not None:
         if isinstance(num_items, Tensor):

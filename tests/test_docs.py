@@ -1,11 +1,13 @@
-"""The Python in README.md runs as it stands."""
+"""The Python in README.md runs as it stands, and generated pages are current."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -22,3 +24,8 @@ def test_readme_block(block, tmp_path, monkeypatch):
 
 def test_blocks_were_found():
     assert len(BLOCKS) >= 3
+
+
+def test_operators_page_is_current():
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "operators.md").read_text() == generate["page"](), "run python docs/generate.py"

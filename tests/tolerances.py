@@ -4,7 +4,8 @@ With u the unit roundoff of the dtype (half its eps) and e the eps of the dtype 
 
 - each of the `roundings` to the dtype on the way to an element moves it by at most u times its size. Where an
   element is a sum, its terms were rounded, and the element itself may be smaller than they are; the root mean
-  square of the result stands for their size. Hence `roundings * u * (|reference| + rms(reference))`.
+  square of the result stands for their size. Hence `roundings * u * (|reference| + rms(reference))`, and half
+  the distance of subnormal numbers.
 - a sum of n terms in any order errs by at most n e times the largest partial sum, and by about sqrt(n) e for
   rounding errors of random sign. Hence `4 * e * sqrt(n) * max(|reference|)`; the 4 covers the few operations
   around the sum.
@@ -30,6 +31,8 @@ def allowed_error(
 ) -> Tensor:
     """Elementwise bound on |result - reference| for a float64 reference."""
     u = torch.finfo(dtype).eps / 2
+    # Below the smallest normal number the distance between numbers stays what it is there.
+    subnormal = torch.finfo(dtype).smallest_normal * u
     e = torch.finfo(accumulate_dtype(dtype)).eps
     size = reference.abs()
     if reference.numel() == 0:
@@ -39,7 +42,7 @@ def allowed_error(
         term_size = reference.pow(2).mean().sqrt().item()
     else:
         largest = max(largest, term_size)
-    return roundings * u * (size + term_size) + 4 * e * math.sqrt(max(terms, 1)) * largest
+    return roundings * (u * (size + term_size) + subnormal) + 4 * e * math.sqrt(max(terms, 1)) * largest
 
 
 def assert_within(

@@ -28,7 +28,18 @@ from liger_ops.transformers.functional import (
 )
 
 if TYPE_CHECKING:
-    from liger_ops.transformers.apply import MODEL_TYPE_TO_APPLY_LIGER_FN, apply_liger_kernel_to_llama
+    from liger_ops.transformers.apply import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        apply_liger_kernel_to_gemma,
+        apply_liger_kernel_to_gemma2,
+        apply_liger_kernel_to_llama,
+        apply_liger_kernel_to_mistral,
+        apply_liger_kernel_to_mixtral,
+        apply_liger_kernel_to_mllama,
+        apply_liger_kernel_to_phi3,
+        apply_liger_kernel_to_qwen2,
+        apply_liger_kernel_to_qwen2_vl,
+    )
     from liger_ops.transformers.auto_model import AutoLigerKernelForCausalLM
     from liger_ops.transformers.forwards.outputs import LigerCausalLMOutputWithPast
     from liger_ops.transformers.patching import patch, patched
@@ -45,7 +56,15 @@ __all__ = [
     "LigerRMSNorm",
     "LigerSwiGLUMLP",
     "PatchReport",
+    "apply_liger_kernel_to_gemma",
+    "apply_liger_kernel_to_gemma2",
     "apply_liger_kernel_to_llama",
+    "apply_liger_kernel_to_mistral",
+    "apply_liger_kernel_to_mixtral",
+    "apply_liger_kernel_to_mllama",
+    "apply_liger_kernel_to_phi3",
+    "apply_liger_kernel_to_qwen2",
+    "apply_liger_kernel_to_qwen2_vl",
     "install",
     "liger_cross_entropy",
     "liger_fused_linear_cross_entropy",
@@ -65,7 +84,15 @@ _LAZY = {
     "MODEL_TYPE_TO_APPLY_LIGER_FN": "apply",
     "_apply_liger_kernel": "apply",
     "_apply_liger_kernel_to_instance": "apply",
+    "apply_liger_kernel_to_gemma": "apply",
+    "apply_liger_kernel_to_gemma2": "apply",
     "apply_liger_kernel_to_llama": "apply",
+    "apply_liger_kernel_to_mistral": "apply",
+    "apply_liger_kernel_to_mixtral": "apply",
+    "apply_liger_kernel_to_mllama": "apply",
+    "apply_liger_kernel_to_phi3": "apply",
+    "apply_liger_kernel_to_qwen2": "apply",
+    "apply_liger_kernel_to_qwen2_vl": "apply",
     "AutoLigerKernelForCausalLM": "auto_model",
     "LigerCausalLMOutputWithPast": "forwards.outputs",
     "PatchReport": "report",

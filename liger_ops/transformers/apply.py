@@ -1,4 +1,8 @@
-"""Liger's patching functions, over the engine in ``patching.py``."""
+"""Liger's patching functions, over the engine in ``patching.py``.
+
+Each patches the given model, or, without one, every model of its family in the process, built before or
+after. ``patch`` describes the options, the errors and the report.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from liger_ops.transformers.families import FAMILIES
 from liger_ops.transformers.patching import patch
 from liger_ops.transformers.report import PatchReport
+
+
+def _apply(model_type: str, model: nn.Module | None, **options: bool) -> PatchReport:
+    return patch(model, model_type=model_type, **options)
 
 
 def apply_liger_kernel_to_llama(
@@ -19,24 +28,112 @@ def apply_liger_kernel_to_llama(
     swiglu: bool = True,
     model: nn.Module | None = None,
 ) -> PatchReport:
-    """Make LLaMA 2, 3, 3.1 and 3.2 text models run liger_ops' operators.
+    """LLaMA 2, 3, 3.1 and the text models of 3.2."""
+    return _apply("llama", **locals())
 
-    With a model, that model; without, every LLaMA model of the process, built before or after. ``patch``
-    describes the options, the errors and the report.
-    """
-    return patch(
-        model,
-        model_type="llama",
-        rope=rope,
-        cross_entropy=cross_entropy,
-        fused_linear_cross_entropy=fused_linear_cross_entropy,
-        rms_norm=rms_norm,
-        swiglu=swiglu,
-    )
+
+def apply_liger_kernel_to_mllama(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    layer_norm: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """LLaMA 3.2 Vision, or its text part alone. ``layer_norm`` needs a model: the class is torch's."""
+    return _apply("mllama", **locals())
+
+
+def apply_liger_kernel_to_mistral(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Mistral."""
+    return _apply("mistral", **locals())
+
+
+def apply_liger_kernel_to_mixtral(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Mixtral. ``swiglu`` stands for its experts."""
+    return _apply("mixtral", **locals())
+
+
+def apply_liger_kernel_to_gemma(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    geglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Gemma 1 and 1.1, with the GELU that each model has: exact or by tanh."""
+    return _apply("gemma", **locals())
+
+
+def apply_liger_kernel_to_gemma2(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    geglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Gemma 2."""
+    return _apply("gemma2", **locals())
+
+
+def apply_liger_kernel_to_qwen2(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Qwen 2 and 2.5."""
+    return _apply("qwen2", **locals())
+
+
+def apply_liger_kernel_to_qwen2_vl(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    layer_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Qwen2-VL, or its text part alone. ``rope`` covers text and images."""
+    return _apply("qwen2_vl", **locals())
+
+
+def apply_liger_kernel_to_phi3(
+    rope: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    model: nn.Module | None = None,
+) -> PatchReport:
+    """Phi-3, Phi-3.5 and Phi-4-mini."""
+    return _apply("phi3", **locals())
 
 
 MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, Callable[..., PatchReport]] = {
-    "llama": apply_liger_kernel_to_llama,
+    model_type: globals()[f"apply_liger_kernel_to_{family.name}"]
+    for family in FAMILIES
+    for model_type in family.model_types
 }
 
 

@@ -14,9 +14,7 @@ from typing import Any
 from weakref import WeakSet, ref
 
 from torch import nn
-from transformers.activations import SiLUActivation
 
-import liger_ops.functional as LF
 from liger_ops.transformers.forwards import blocks
 from liger_ops.transformers.report import Patched, Skipped
 from liger_ops.transformers.sites import FLAG, Site, dispatcher, foreign, site
@@ -36,11 +34,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Part:
-    """One class or function of the modeling module, replaced when ``option`` is on."""
+    """One class or function of the modeling module, replaced when ``option`` is on.
+
+    Attributes:
+        target: name of the class or function.
+        option, operator: the option of ``patch``, and what runs in place of the stock code.
+        model_types: the ``config.model_type`` of the family's models that have it; empty for all.
+    """
 
     target: str
     option: str = ""
     operator: str = ""
+    model_types: tuple[str, ...] = ()
 
     def plan(self, model: nn.Module | None, modeling: ModuleType) -> Plan:
         raise NotImplementedError
@@ -62,14 +67,22 @@ class Forward(Part):
         return None
 
     def remark(self, module: nn.Module) -> str | None:
-        """Why this module, although patched, does not run ``operator`` in its present state."""
+        """Why this module, although patched, does not run its operator in its present state."""
         return None
+
+    def operator_of(self, module: nn.Module) -> str:
+        """What this module runs when it is patched."""
+        return self.operator
+
+    def attach(self, place: Site, modules: list[nn.Module]) -> Undo:
+        """Make these modules run the replacement."""
+        return _attach(place, modules)
 
     def plan(self, model: nn.Module | None, modeling: ModuleType) -> Plan:
         cls = getattr(modeling, self.target, None)
         if not isinstance(cls, type):
             return Plan(skipped=[self._skip(f"{modeling.__name__} has no class {self.target}")])
-        stranger = foreign(cls.forward) or foreign(cls)
+        stranger = foreign(cls.forward, modeling) or foreign(cls, modeling)
         if stranger is not None:
             return Plan(skipped=[self._skip(f"replaced by {stranger} already")])
         place = site(cls, "forward", lambda original: dispatcher(original, self.build(original)))
@@ -96,19 +109,22 @@ class Forward(Part):
                 new.append(module)
             remarks.append(self.remark(module))
         for group, already in ((new, False), (old, True)):
-            if group:
-                plan.patched.append(Patched(self.option, self.target, len(group), self.operator, already))
+            operators = [self.operator_of(module) for module in group]
+            for operator in dict.fromkeys(operators):
+                count = operators.count(operator)
+                plan.patched.append(Patched(self.option, self.target, count, operator, already))
         for reasons in (obstacles, [remark for remark in remarks if remark is not None]):
             for reason in dict.fromkeys(reasons):
                 plan.skipped.append(self._skip(reason, reasons.count(reason)))
         if new:
-            plan.apply.append(lambda: _attach(place, new))
+            plan.apply.append(lambda: self.attach(place, new))
         return plan
 
 
 def unreachable(module: nn.Module, cls: type, place: Site) -> str | None:
     """Why a dispatcher on ``cls`` would not be reached by calling this module, if it would not."""
-    if inspect.getattr_static(type(module), "forward") is not vars(cls)["forward"]:
+    found = inspect.getattr_static(type(module), "forward")
+    if found is not vars(cls)["forward"] and found is not place.original:
         return f"{type(module).__name__} overrides forward"
     if "forward" not in module.__dict__:
         return None
@@ -171,25 +187,109 @@ class RMSNorm(Forward):
         return blocks.rms_norm(self.eps, self.offset, self.casting_mode)(original)
 
 
-def is_silu(activation: Any) -> bool:
-    """Whether this activation module computes ``x · sigmoid(x)``."""
-    return type(activation) is nn.SiLU or type(activation) is SiLUActivation
+@dataclass(frozen=True)
+class LayerNorm(Forward):
+    """The ``torch.nn.LayerNorm`` instances of a model, whatever the modeling module calls the class.
+
+    The class belongs to torch and to every model of the process, so it is not touched: instances of the
+    patched model get a subclass of ours. For models that are yet to be built that takes a modeling module
+    with a name of its own for the class, which is then rebound.
+    """
+
+    target: str = "LayerNorm"
+    option: str = "layer_norm"
+    operator: str = "liger::layer_norm"
+
+    def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return blocks.layer_norm(original)
+
+    def attach(self, place: Site, modules: list[nn.Module]) -> Undo:
+        detach = _attach(place, modules)
+        weak = WeakSet(module for module in modules if type(module) is nn.LayerNorm)
+        for module in weak:
+            module.__class__ = blocks.PatchableLayerNorm
+
+        def undo() -> None:
+            detach()
+            for module in weak:
+                if type(module) is blocks.PatchableLayerNorm:
+                    module.__class__ = nn.LayerNorm
+
+        return undo
+
+    def plan(self, model: nn.Module | None, modeling: ModuleType) -> Plan:
+        cls = blocks.PatchableLayerNorm
+        place = site(cls, "forward", lambda original: dispatcher(original, self.build(original)))
+        if model is not None:
+            kinds = (nn.LayerNorm, cls)
+            return self._plan_modules([m for m in model.modules() if type(m) in kinds], cls, place)
+        if vars(modeling).get(self.target) not in (nn.LayerNorm, cls):
+            reason = f"{modeling.__name__} uses torch.nn.LayerNorm, which belongs to all: pass the model"
+            return Plan(skipped=[self._skip(reason)])
+        name = site(modeling, self.target, lambda original: cls)
+        already = name.class_wide and place.class_wide
+        plan = Plan(patched=[Patched(self.option, self.target, None, self.operator, already)])
+        plan.notes.append(f"{self.option} reaches models that are built from now on: pass those built before")
+        if not already:
+            plan.apply += [lambda: _acquire(place, None), lambda: _acquire(name, None)]
+        return plan
 
 
 @dataclass(frozen=True)
-class SwiGLU(Forward):
-    """An MLP class with ``gate_proj``, ``up_proj``, ``down_proj`` and its activation module under ``act``."""
+class GatedMLP(Forward):
+    """An MLP class computing ``down(act(gate(x)) · up(x))``, with the names of its submodules.
 
-    act: str = "act_fn"
+    With SiLU it is a SwiGLU, with GELU a GeGLU; ``option`` is the name that the family's users know.
+    """
+
     option: str = "swiglu"
     operator: str = "liger::swiglu"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    act: str = "act_fn"
 
     def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        return blocks.gated_mlp(self.act, is_silu, LF.swiglu)(original)
+        return blocks.gated_mlp(self.gate, self.up, self.down, self.act)(original)
 
     def obstacle(self, module: nn.Module) -> str | None:
         activation = getattr(module, self.act)
-        return None if is_silu(activation) else f"the activation is {type(activation).__name__}, not SiLU"
+        if blocks.gate_of(activation) is not None:
+            return None
+        return f"the activation is {type(activation).__name__}, not SiLU or GELU"
+
+    def operator_of(self, module: nn.Module) -> str:
+        gate = blocks.gate_of(getattr(module, self.act))
+        return self.operator if gate is None else gate.operator
+
+
+@dataclass(frozen=True)
+class PackedMLP(GatedMLP):
+    """As ``GatedMLP``, with one projection for gate and up, in this order."""
+
+    operator: str = "liger::swiglu_packed"
+    gate: str = "gate_up_proj"
+    up: str = ""
+
+    def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return blocks.packed_mlp(self.gate, self.down, self.act)(original)
+
+    def operator_of(self, module: nn.Module) -> str:
+        return super().operator_of(module).removesuffix("_packed") + "_packed"
+
+
+@dataclass(frozen=True)
+class Experts(Forward):
+    """A class of transformers' experts interface: all experts of a layer, in stacked parameters."""
+
+    option: str = "swiglu"
+    operator: str = "liger::swiglu_packed"
+
+    def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return blocks.experts(original)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return blocks.experts_obstacle(module)
 
 
 @dataclass(frozen=True)
@@ -199,14 +299,18 @@ class Rotary(Part):
     option: str = "rope"
     operator: str = "liger::rope"
 
+    def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The replacement of the stock function."""
+        return blocks.rotary(original)
+
     def plan(self, model: nn.Module | None, modeling: ModuleType) -> Plan:
         function = getattr(modeling, self.target, None)
         if function is None:
             return Plan(skipped=[self._skip(f"{modeling.__name__} has no function {self.target}")])
-        stranger = foreign(function)
+        stranger = foreign(function, modeling)
         if stranger is not None:
             return Plan(skipped=[self._skip(f"replaced by {stranger} already")])
-        place = site(modeling, self.target, blocks.rotary)
+        place = site(modeling, self.target, self.build)
         if model is None:
             already, users, callers = place.class_wide, None, None
         else:
@@ -231,16 +335,33 @@ class Rotary(Part):
 
 
 @dataclass(frozen=True)
+class VisionRotary(Rotary):
+    """A rotary function for the patches of all images in one sequence, without batch."""
+
+    def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        return blocks.vision_rotary(original)
+
+
+@dataclass(frozen=True)
 class CausalLMHead(Forward):
-    """A ``…ForCausalLM`` class with the text-only signature, a backbone ``model`` and a head ``lm_head``."""
+    """A class with a next-token loss, a backbone ``model`` and a head ``lm_head``, for text or with images.
+
+    Attributes:
+        softcap: name of the configuration's soft-capping of the logits.
+        router_loss: name of the modeling module's function for the load-balancing loss of experts.
+        float_logits: whether the stock forward returns the logits in float32.
+    """
 
     option: str = "fused_linear_cross_entropy"
     operator: str = "liger::fused_linear_cross_entropy"
+    softcap: str | None = None
+    router_loss: str | None = None
+    float_logits: bool = False
 
     def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
         from liger_ops.transformers.forwards import causal_lm
 
-        return causal_lm.forward
+        return causal_lm.build(original, self.softcap, self.router_loss, self.float_logits)
 
     def obstacle(self, module: nn.Module) -> str | None:
         from liger_ops.transformers.forwards.loss import causal_lm_loss

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from liger_ops.transformers.families import FAMILIES, Family, family_of, supported_model_types
-from liger_ops.transformers.parts import Plan
+from liger_ops.transformers.parts import Part, Plan
 from liger_ops.transformers.report import PatchReport, Skipped
 
 
@@ -66,7 +66,14 @@ def patch(
         return report
 
     modeling = importlib.import_module(family.modeling)
-    plans = [part.plan(base, modeling) for part in family.parts if wanted[part.option]]
+    plans = []
+    for option, parts in _parts_by_option(family, wanted).items():
+        apt = [part for part in parts if base is None or not part.model_types or found in part.model_types]
+        plans += [part.plan(base, modeling) for part in apt]
+        if not apt and option in options:
+            report.skipped.append(
+                Skipped(option, "-", None, f"a model of type {found} has nothing of the kind")
+            )
     for plan in plans:
         report.patched += plan.patched
         report.skipped += plan.skipped
@@ -116,6 +123,15 @@ def resolve_options(family: Family | None, options: dict[str, bool]) -> dict[str
             "pass cross_entropy=True with fused_linear_cross_entropy=False, or leave cross_entropy out"
         )
     return wanted
+
+
+def _parts_by_option(family: Family, wanted: dict[str, bool]) -> dict[str, list[Part]]:
+    """The family's parts whose option is wanted, in the order of the record."""
+    return {
+        option: [part for part in family.parts if part.option == option]
+        for option, on in wanted.items()
+        if on
+    }
 
 
 def _unsupported(model: nn.Module | None, model_type: str | None) -> str:

@@ -13,6 +13,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -110,13 +111,15 @@ def site(owner: Any, name: str, build: Callable[[Callable], Callable]) -> Site:
         return _sites.get((id(owner), name)) or Site(owner, name, build)
 
 
-def foreign(function: Callable[..., Any]) -> str | None:
-    """The full name of a function that neither transformers nor we defined, or None.
+def foreign(function: Callable[..., Any], modeling: ModuleType | None = None) -> str | None:
+    """The full name of a function that neither the modeling module, transformers nor we defined, or None.
 
     Other kernel packages replace the same attributes. Replacing theirs would lose what their user asked for.
     """
     function = inspect.unwrap(function)
     module = getattr(function, "__module__", None) or ""
     if module.split(".")[0] in ("transformers", "kernels", "liger_ops", ""):
+        return None
+    if modeling is not None and module == modeling.__name__:
         return None
     return f"{module}.{getattr(function, '__qualname__', type(function).__name__)}"

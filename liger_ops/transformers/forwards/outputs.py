@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 
 @dataclass
@@ -26,3 +27,17 @@ class LossDetails:
 @dataclass
 class LigerCausalLMOutputWithPast(LossDetails, CausalLMOutputWithPast):
     """``CausalLMOutputWithPast`` and, after its fields, those of ``LossDetails``."""
+
+
+@dataclass
+class LigerMoeCausalLMOutputWithPast(LossDetails, MoeCausalLMOutputWithPast):
+    """``MoeCausalLMOutputWithPast`` and, after its fields, those of ``LossDetails``."""
+
+
+def with_loss_details(output: type[ModelOutput]) -> type[ModelOutput]:
+    """The class here that extends ``output``, made when there is none: some models have their own output."""
+    name = f"Liger{output.__name__}"
+    if name not in globals():
+        extended = type(name, (LossDetails, output), {"__module__": __name__, "__doc__": output.__doc__})
+        globals()[name] = dataclass(extended)
+    return globals()[name]
