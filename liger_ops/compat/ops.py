@@ -6,12 +6,12 @@ but ``apply``. Arguments that tune Liger's kernels, and ``in_place``, are accept
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import liger_ops.functional as LF
 from liger_ops.transformers import functional
 
 __all__ = [
@@ -192,7 +192,7 @@ class LigerFusedGateUpSiLUMulFunction:
     @staticmethod
     def apply(y: Tensor, in_place: bool = False) -> Tensor:
         """``silu(gate) · up`` for a y that holds gate and up one after the other in its last dimension."""
-        return functional.liger_swiglu(*y.chunk(2, dim=-1))
+        return LF.swiglu_packed(y)
 
 
 class LigerGELUMulFunction:
@@ -209,15 +209,9 @@ class LigerFusedMoEFunction:
     ) -> Tensor:
         """SwiGLU experts: tokens (T, H), stacked weights (E, 2I, H) and (E, H, I), and for each token the
         indices and weights (T, K) of its experts."""
-        from liger_ops.transformers.experts import experts_forward
+        from liger_ops.nn.experts import mixture_of_experts
 
-        experts = SimpleNamespace(
-            gate_up_proj=gate_up_proj,
-            down_proj=down_proj,
-            num_experts=gate_up_proj.shape[0],
-            act_fn=torch.nn.SiLU(),
-        )
-        return experts_forward(experts, x, top_k_index.long(), top_k_weights)
+        return mixture_of_experts(x, top_k_index, top_k_weights, gate_up_proj, down_proj)
 
 
 def _casting_mode(mode: str | int) -> str:
