@@ -16,7 +16,7 @@ from .shapes import Shape
 
 Tensors = list[torch.Tensor]
 
-RMS_NORM_EPS = 1e-5
+NORM_EPS = 1e-5
 ROPE_THETA = 500_000.0
 
 
@@ -92,6 +92,45 @@ def rms_norm(p: Problem) -> Case:
         forward,
         backward,
         forward + backward + Floor(moved=4 * m),  # training also stores the fp32 statistics
+        is_loss=False,
+    )
+
+
+def add_rms_norm(p: Problem) -> Case:
+    g = p.generator()
+    m, h, e = p.tokens, p.shape.hidden, p.dtype.itemsize
+    x, residual = (p.normal(m, h, generator=g) for _ in range(2))
+    weight = p.normal(h, generator=g, scale=0.1).add_(1)
+    forward = Floor(moved=4 * m * h * e + h * e)
+    # One gradient, although ours writes it twice: an implementation may hand out one tensor for both.
+    backward = Floor(moved=4 * m * h * e + 4 * m + 2 * h * e)
+    return Case(
+        "add_rms_norm",
+        [x, residual, weight],
+        (True, True, True),
+        [p.normal(m, h, generator=g) for _ in range(2)],
+        forward,
+        backward,
+        forward + backward + Floor(moved=4 * m),
+        is_loss=False,
+    )
+
+
+def layer_norm(p: Problem) -> Case:
+    g = p.generator()
+    m, h, e = p.tokens, p.shape.hidden, p.dtype.itemsize
+    x = p.normal(m, h, generator=g)
+    weight, bias = p.normal(h, generator=g, scale=0.1).add_(1), p.normal(h, generator=g, scale=0.1)
+    forward = Floor(moved=2 * m * h * e + 2 * h * e)
+    backward = Floor(moved=3 * m * h * e + 8 * m + 3 * h * e)
+    return Case(
+        "layer_norm",
+        [x, weight, bias],
+        (True, True, True),
+        [p.normal(m, h, generator=g)],
+        forward,
+        backward,
+        forward + backward + Floor(moved=8 * m),
         is_loss=False,
     )
 
@@ -179,7 +218,15 @@ def fused_linear_cross_entropy(p: Problem) -> Case:
 
 OPS: dict[str, Callable[[Problem], Case]] = {
     builder.__name__: builder
-    for builder in (rms_norm, rope, swiglu, cross_entropy, fused_linear_cross_entropy)
+    for builder in (
+        rms_norm,
+        add_rms_norm,
+        layer_norm,
+        rope,
+        swiglu,
+        cross_entropy,
+        fused_linear_cross_entropy,
+    )
 }
 
 
@@ -192,7 +239,7 @@ def reference(case: Case) -> tuple[Tensors, Tensors]:
         return tensor.to(wide) if tensor.is_floating_point() else tensor
 
     arguments = [widen(a).requires_grad_(d) for a, d in zip(case.arguments, case.differentiable, strict=True)]
-    options = {"eps": RMS_NORM_EPS} if case.op == "rms_norm" else {}
+    options = {"eps": NORM_EPS} if case.op.endswith("_norm") else {}
     outputs = as_list(function(*arguments, **options))
     wanted = [a for a in arguments if a.requires_grad]
     upstream = [

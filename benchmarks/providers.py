@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .ops import RMS_NORM_EPS
+from .ops import NORM_EPS
 
 Functions = dict[str, Callable]
 
@@ -31,13 +31,20 @@ def torch_eager(device: torch.device) -> Functions:
     class Norm:
         """What LlamaRMSNorm.forward reads; a module would not take a plain tensor as its weight."""
 
-        variance_epsilon = RMS_NORM_EPS
+        variance_epsilon = NORM_EPS
 
         def __init__(self, weight: torch.Tensor) -> None:
             self.weight = weight
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return LlamaRMSNorm.forward(Norm(weight), x)
+
+    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple:
+        total = x + residual
+        return rms_norm(total, weight), total
+
+    def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
 
     def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
@@ -52,6 +59,8 @@ def torch_eager(device: torch.device) -> Functions:
 
     return {
         "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "layer_norm": layer_norm,
         "rope": apply_rotary_pos_emb,
         "swiglu": swiglu,
         "cross_entropy": cross_entropy,
@@ -74,10 +83,18 @@ def liger_triton(device: torch.device) -> Functions:
         raise Unavailable(f"needs liger-kernel: {error}") from error
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return liger.liger_rms_norm(x, weight, RMS_NORM_EPS)
+        return liger.liger_rms_norm(x, weight, NORM_EPS)
+
+    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple:
+        return liger.liger_fused_add_rms_norm(x, residual, weight, NORM_EPS)
+
+    def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return liger.liger_layer_norm(x, weight, bias, NORM_EPS)
 
     return {
         "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "layer_norm": layer_norm,
         "rope": liger.liger_rope,
         "swiglu": liger.liger_swiglu,
         "cross_entropy": liger.liger_cross_entropy,
@@ -93,10 +110,18 @@ def liger_ops(device: torch.device) -> Functions:
         raise Unavailable(f"liger_ops does not load: {error}") from error
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return ours.rms_norm(x, weight, RMS_NORM_EPS)
+        return ours.rms_norm(x, weight, NORM_EPS)
+
+    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple:
+        return ours.add_rms_norm(x, residual, weight, NORM_EPS)
+
+    def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return ours.layer_norm(x, weight, bias, NORM_EPS)
 
     return {
         "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
+        "layer_norm": layer_norm,
         "rope": ours.rope,
         "swiglu": ours.swiglu,
         "cross_entropy": ours.cross_entropy,

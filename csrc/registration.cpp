@@ -7,14 +7,16 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "ops/add_rms_norm.h"
 #include "ops/cross_entropy.h"
 #include "ops/cross_entropy_rows.h"
 #include "ops/dispatch.h"
 #include "ops/fused_linear_cross_entropy.h"
 #include "ops/fused_linear_cross_entropy_chunks.h"
+#include "ops/glu.h"
+#include "ops/layer_norm.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
-#include "ops/swiglu.h"
 
 namespace {
 const std::vector<at::Tag> kTags = {at::Tag::pt2_compliant_tag};
@@ -29,6 +31,29 @@ TORCH_LIBRARY(liger, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, "
       "str casting_mode, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
+      kTags);
+
+  // sum: x + residual. y, rstd: of rms_norm(sum). dx and dresidual are equal and do not alias.
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor? weight=None, float eps=1e-06, float offset=0.0, "
+      "str casting_mode=\"llama\") -> (Tensor y, Tensor sum, Tensor rstd)",
+      kTags);
+  m.def(
+      "add_rms_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor rstd, "
+      "float offset, str casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) -> "
+      "(Tensor dx, Tensor dresidual, Tensor dweight)",
+      kTags);
+
+  // y: as x. mean, rstd: x without its last dimension, float32 (float64 for float64 x).
+  m.def(
+      "layer_norm(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> "
+      "(Tensor y, Tensor mean, Tensor rstd)",
+      kTags);
+  // bias_dtype: dtype of dbias.
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+      "ScalarType bias_dtype, bool need_dx, bool need_dweight, bool need_dbias) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias)",
       kTags);
 
   // The rotated q and k, in the memory order of q and k.
@@ -50,6 +75,15 @@ TORCH_LIBRARY(liger, m) {
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
+  // gelu(gate) * up, contiguous; approximate: "tanh" or "none", as in F.gelu.
+  m.def("geglu(Tensor gate, Tensor up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_backward(Tensor dout, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)",
+      kTags);
+  // gate and up are the halves of gate_up's last dimension.
+  m.def("swiglu_packed(Tensor gate_up) -> Tensor", kTags);
+  m.def("swiglu_packed_backward(Tensor dout, Tensor gate_up) -> Tensor dgate_up", kTags);
+  m.def("geglu_packed(Tensor gate_up, str approximate=\"tanh\") -> Tensor", kTags);
+  m.def("geglu_packed_backward(Tensor dout, Tensor gate_up, str approximate) -> Tensor dgate_up", kTags);
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
   // token_accuracy: as loss, float32; predicted_tokens: [tokens] int64. z_loss is the part of loss that
@@ -111,12 +145,22 @@ TORCH_LIBRARY(liger, m) {
 TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("rms_norm", liger::rms_norm_cpu);
   m.impl("rms_norm_backward", liger::rms_norm_backward_cpu);
+  m.impl("add_rms_norm", liger::add_rms_norm_cpu);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_cpu);
+  m.impl("layer_norm", liger::layer_norm_cpu);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_cpu);
   m.impl("rope", liger::rope_cpu);
   m.impl("rope_backward", liger::rope_backward_cpu);
   m.impl("mrope", liger::mrope_cpu);
   m.impl("mrope_backward", liger::mrope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
+  m.impl("geglu", liger::geglu_cpu);
+  m.impl("geglu_backward", liger::geglu_backward_cpu);
+  m.impl("swiglu_packed", liger::swiglu_packed_cpu);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cpu);
+  m.impl("geglu_packed", liger::geglu_packed_cpu);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cpu);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCpu>::call);
@@ -140,12 +184,22 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
 TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("rms_norm", liger::rms_norm_cuda);
   m.impl("rms_norm_backward", liger::rms_norm_backward_cuda);
+  m.impl("add_rms_norm", liger::add_rms_norm_cuda);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_cuda);
+  m.impl("layer_norm", liger::layer_norm_cuda);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_cuda);
   m.impl("rope", liger::rope_cuda);
   m.impl("rope_backward", liger::rope_backward_cuda);
   m.impl("mrope", liger::mrope_cuda);
   m.impl("mrope_backward", liger::mrope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
+  m.impl("geglu", liger::geglu_cuda);
+  m.impl("geglu_backward", liger::geglu_backward_cuda);
+  m.impl("swiglu_packed", liger::swiglu_packed_cuda);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cuda);
+  m.impl("geglu_packed", liger::geglu_packed_cuda);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_cuda);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCuda>::call);
@@ -169,12 +223,22 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
 TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("rms_norm", liger::rms_norm_meta);
   m.impl("rms_norm_backward", liger::rms_norm_backward_meta);
+  m.impl("add_rms_norm", liger::add_rms_norm_meta);
+  m.impl("add_rms_norm_backward", liger::add_rms_norm_backward_meta);
+  m.impl("layer_norm", liger::layer_norm_meta);
+  m.impl("layer_norm_backward", liger::layer_norm_backward_meta);
   m.impl("rope", liger::rope_meta);
   m.impl("rope_backward", liger::rope_backward_meta);
   m.impl("mrope", liger::mrope_meta);
   m.impl("mrope_backward", liger::mrope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
+  m.impl("geglu", liger::geglu_meta);
+  m.impl("geglu_backward", liger::geglu_backward_meta);
+  m.impl("swiglu_packed", liger::swiglu_packed_meta);
+  m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_meta);
+  m.impl("geglu_packed", liger::geglu_packed_meta);
+  m.impl("geglu_packed_backward", liger::geglu_packed_backward_meta);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
@@ -188,12 +252,22 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
 TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("rms_norm", liger::rms_norm_autograd);
   m.impl("rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("add_rms_norm", liger::add_rms_norm_autograd);
+  m.impl("add_rms_norm_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("layer_norm", liger::layer_norm_autograd);
+  m.impl("layer_norm_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("rope", liger::rope_autograd);
   m.impl("rope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("mrope", liger::mrope_autograd);
   m.impl("mrope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu", liger::geglu_autograd);
+  m.impl("geglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("swiglu_packed", liger::swiglu_packed_autograd);
+  m.impl("swiglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu_packed", liger::geglu_packed_autograd);
+  m.impl("geglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
@@ -211,12 +285,22 @@ namespace {
 void register_autocast(torch::Library& m) {
   m.impl("rms_norm", liger::WithoutAutocast<liger::rms_norm>::call);
   m.impl("rms_norm_backward", liger::WithoutAutocast<liger::rms_norm_backward>::call);
+  m.impl("add_rms_norm", liger::WithoutAutocast<liger::add_rms_norm>::call);
+  m.impl("add_rms_norm_backward", liger::WithoutAutocast<liger::add_rms_norm_backward>::call);
+  m.impl("layer_norm", liger::WithoutAutocast<liger::layer_norm>::call);
+  m.impl("layer_norm_backward", liger::WithoutAutocast<liger::layer_norm_backward>::call);
   m.impl("rope", liger::WithoutAutocast<liger::rope>::call);
   m.impl("rope_backward", liger::WithoutAutocast<liger::rope_backward>::call);
   m.impl("mrope", liger::WithoutAutocast<liger::mrope>::call);
   m.impl("mrope_backward", liger::WithoutAutocast<liger::mrope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
+  m.impl("geglu", liger::WithoutAutocast<liger::geglu>::call);
+  m.impl("geglu_backward", liger::WithoutAutocast<liger::geglu_backward>::call);
+  m.impl("swiglu_packed", liger::WithoutAutocast<liger::swiglu_packed>::call);
+  m.impl("swiglu_packed_backward", liger::WithoutAutocast<liger::swiglu_packed_backward>::call);
+  m.impl("geglu_packed", liger::WithoutAutocast<liger::geglu_packed>::call);
+  m.impl("geglu_packed_backward", liger::WithoutAutocast<liger::geglu_packed_backward>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
   m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
   m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);

@@ -20,9 +20,14 @@ load()
 
 # Looking an overload up costs more than the call; these are looked up once.
 _rms_norm = torch.ops.liger.rms_norm.default
+_add_rms_norm = torch.ops.liger.add_rms_norm.default
+_layer_norm = torch.ops.liger.layer_norm.default
 _rope = torch.ops.liger.rope.default
 _mrope = torch.ops.liger.mrope.default
 _swiglu = torch.ops.liger.swiglu.default
+_geglu = torch.ops.liger.geglu.default
+_swiglu_packed = torch.ops.liger.swiglu_packed.default
+_geglu_packed = torch.ops.liger.geglu_packed.default
 _cross_entropy = torch.ops.liger.cross_entropy.default
 _fused_linear_cross_entropy = torch.ops.liger.fused_linear_cross_entropy.default
 
@@ -65,6 +70,87 @@ def rms_norm(
         of float32 for each group of rows.
     """
     return _rms_norm(x, weight, eps, offset, casting_mode)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+) -> tuple[Tensor, Tensor]:
+    r"""A residual connection and the `rms_norm` after it, in one pass over memory.
+
+    `sum = x + residual`, rounded to the dtype as a separate addition rounds it, and `y = rms_norm(sum)`.
+    Backward adds the gradients of both results in float32 and rounds once.
+
+    Args:
+        x: `[..., hidden]`.
+        residual: as x, same shape and dtype; it is not broadcast.
+        weight, eps, offset, casting_mode: as in `rms_norm`.
+
+    Returns:
+        y and sum, `[..., hidden]`, contiguous, of x's dtype.
+
+    Raises:
+        TypeError: a dtype is not supported, or residual's differs from x's.
+        ValueError: shapes or devices do not fit, or casting_mode is unknown.
+
+    Rounding:
+        The sum, then as `rms_norm`. The gradients of sum and of y are added in float32 and rounded once.
+
+    Saves:
+        sum, weight, and rstd in float32; neither x nor residual.
+
+    Moves:
+        Forward reads x and residual and writes sum and y. Backward reads dy, the gradient of sum and sum, and
+        writes the gradients of x and residual, which are equal and share no memory, as far as they are asked
+        for.
+    """
+    y, total, _ = _add_rms_norm(x, residual, weight, eps, offset, casting_mode)
+    return y, total
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalisation over the last dimension (Ba, Kiros and Hinton, arXiv:1607.06450).
+
+    .. math::
+        y = \frac{x - \operatorname{mean}(x)}{\sqrt{\operatorname{var}(x) + \epsilon}} \cdot \text{weight}
+        + \text{bias}
+
+    with the variance of the population, as `F.layer_norm` has it. Computed in float32 (float64 for float64)
+    and rounded once. A mean that is large beside the deviations costs no accuracy, forward or backward.
+
+    Args:
+        x: `[..., hidden]`.
+        weight: `[hidden]`, of x's dtype, or float32 beside a 16-bit x. None leaves the scaling out.
+        bias: as weight. None adds nothing.
+        eps: added to the variance.
+
+    Returns:
+        `[..., hidden]`, contiguous, of x's dtype.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: shapes or devices do not fit.
+
+    Rounding:
+        The result and each gradient, once. Mean and rstd stay in float32.
+
+    Saves:
+        x, weight, and mean and rstd in float32 (8 bytes a row).
+
+    Moves:
+        Forward reads x and writes y. Backward reads dy and x and writes dx; partial sums of dweight and dbias
+        add two rows of float32 for each group of rows.
+    """
+    return _layer_norm(x, weight, bias, eps)[0]
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -161,6 +247,88 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         dup.
     """
     return _swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""The GeGLU gate `gelu(gate) * up` (Shazeer, arXiv:2002.05202).
+
+    With Phi the normal distribution, `gelu(x) = x Phi(x)` (Hendrycks and Gimpel, arXiv:1606.08415). The tanh
+    form replaces `Phi(x)` by `(1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2`.
+
+    Args:
+        gate: `[..., intermediate]`. Slices of a wider buffer are read in place.
+        up: as gate, same shape and dtype.
+        approximate: `"tanh"` (Gemma's `gelu_pytorch_tanh`) or `"none"` (exact), as in `F.gelu`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: a dtype is not supported, or up's differs from gate's.
+        ValueError: shapes or devices differ, or approximate is unknown.
+
+    Rounding:
+        `gelu(gate)`, then the product. The gradients are computed in float32 and rounded once. Both forms are
+        computed without the cancellation of `1 + tanh` and `1 + erf` for negative gates.
+
+    Saves:
+        gate and up; the activation is computed again.
+
+    Moves:
+        As `swiglu`.
+    """
+    return _geglu(gate, up, approximate)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    r"""`swiglu` of the halves of one buffer, as a fused projection or a layer of experts yields them.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`: gate, then up. Read in place.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd.
+
+    Rounding:
+        As `swiglu`.
+
+    Saves:
+        gate_up; the activation is computed again.
+
+    Moves:
+        As `swiglu`; backward writes one buffer, the gradient of gate_up.
+    """
+    return _swiglu_packed(gate_up)
+
+
+def geglu_packed(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
+    r"""`geglu` of the halves of one buffer, as a fused projection or a layer of experts yields them.
+
+    Args:
+        gate_up: `[..., 2 * intermediate]`: gate, then up. Read in place.
+        approximate: `"tanh"` or `"none"`, as in `geglu`.
+
+    Returns:
+        `[..., intermediate]`, contiguous.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: the last dimension is odd, or approximate is unknown.
+
+    Rounding:
+        As `geglu`.
+
+    Saves:
+        gate_up; the activation is computed again.
+
+    Moves:
+        As `swiglu`; backward writes one buffer, the gradient of gate_up.
+    """
+    return _geglu_packed(gate_up, approximate)
 
 
 @dataclass

@@ -58,9 +58,13 @@ def test_doctor_passes(capsys):
     assert {case.operator for case in doctor.CASES} <= {check["check"] for check in found["checks"]}
 
 
+def case_of(operator):
+    return next(case for case in doctor.CASES if case.operator == operator)
+
+
 def test_doctor_notices_wrong_numbers(capsys, monkeypatch):
     wrong = doctor.Case(
-        "swiglu", lambda gate, up: LF.swiglu(up, gate), doctor.CASES[2].reference, ((3, 4), (3, 4))
+        "swiglu", lambda gate, up: LF.swiglu(up, gate), case_of("swiglu").reference, ((3, 4), (3, 4))
     )
     monkeypatch.setattr(doctor, "CASES", (wrong,))
     monkeypatch.setattr(doctor, "_check_compile", lambda device: "")
@@ -71,7 +75,7 @@ def test_doctor_notices_wrong_numbers(capsys, monkeypatch):
 
 
 def test_doctor_notices_wrong_gradients_and_nan(monkeypatch):
-    swiglu = doctor.CASES[2]
+    swiglu = case_of("swiglu")
     frozen = doctor.Case(
         "swiglu", lambda gate, up: LF.swiglu(gate.detach(), up) + 0 * gate, swiglu.reference, swiglu.shapes
     )

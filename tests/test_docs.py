@@ -27,5 +27,5 @@ def test_blocks_were_found():
 
 
 def test_operators_page_is_current():
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert (ROOT / "docs" / "operators.md").read_text() == generate["page"](), "run python docs/generate.py"
+    generate = runpy.run_path(str(ROOT / "docs" / "generate_operators.py"))
+    assert (ROOT / "docs" / "operators.md").read_text() == generate["page"](), "run python docs/generate_operators.py"

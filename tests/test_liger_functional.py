@@ -32,6 +32,21 @@ def test_rms_norm(x):
     torch.testing.assert_close(lf.liger_rms_norm(x, w - 1, 1e-5, 1.0, "gemma", False), expected)
 
 
+def test_fused_add_rms_norm(x):
+    residual, w = x.flip(0), torch.linspace(0.5, 1.5, HIDDEN, device=x.device)
+    for arguments in (w, 1e-5), (w - 1, 1e-5, 1.0, "gemma", False):
+        y, total = lf.liger_fused_add_rms_norm(x, residual, *arguments)
+        torch.testing.assert_close(total, x + residual)
+        torch.testing.assert_close(y, F.rms_norm(x + residual, (HIDDEN,), w, 1e-5))
+
+
+def test_layer_norm(x):
+    w, b = torch.linspace(0.5, 1.5, HIDDEN, device=x.device), torch.linspace(-1, 1, HIDDEN, device=x.device)
+    for arguments in (w, b), (w, None), (None, b):
+        expected = F.layer_norm(x, (HIDDEN,), *arguments, 1e-3)
+        torch.testing.assert_close(lf.liger_layer_norm(x, *arguments, 1e-3), expected)
+
+
 def test_swiglu(x):
     torch.testing.assert_close(lf.liger_swiglu(x, 2 * x), F.silu(x) * 2 * x)
 

@@ -10,8 +10,12 @@ from torch import nn
 from liger_ops.functional import CrossEntropyOutput
 from liger_ops.nn import (
     LigerCrossEntropyLoss,
+    LigerFusedAddRMSNorm,
     LigerFusedLinearCrossEntropyLoss,
+    LigerLayerNorm,
     LigerRMSNorm,
+    LigerRMSNormForGemma,
+    LigerRMSNormForGemma2,
     LigerSwiGLUMLP,
 )
 
@@ -58,6 +62,49 @@ def test_rms_norm_of_gemma(device):
     x = random(ROWS, HIDDEN, device=device)
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + module.weight)
     compare(module(x), expected, [x, module.weight])
+
+
+@pytest.mark.parametrize("preset", [LigerRMSNormForGemma, LigerRMSNormForGemma2])
+def test_rms_norm_presets_of_gemma(device, preset):
+    module = preset(HIDDEN).to(device)
+    plain = LigerRMSNorm(HIDDEN, offset=1.0, casting_mode="gemma", init_fn="zeros").to(device)
+    assert module.in_place == (preset is LigerRMSNormForGemma) and module.state_dict().keys() == {"weight"}
+    plain.weight.data.normal_()
+    module.load_state_dict(plain.state_dict())
+    x = random(ROWS, HIDDEN, device=device).bfloat16()
+    assert torch.equal(module(x), plain(x))
+
+
+@pytest.mark.parametrize("options", [{}, dict(offset=1.0, casting_mode="gemma", init_fn="zeros")])
+def test_fused_add_rms_norm(device, options):
+    module = LigerFusedAddRMSNorm(HIDDEN, eps=1e-5, **options).to(device)
+    norm = LigerRMSNorm(HIDDEN, eps=1e-5, **options).to(device)
+    assert torch.equal(module.weight, norm.weight)
+    module.weight.data.normal_()
+    norm.weight = module.weight
+    x, residual = (random(2, ROWS + i, HIDDEN, device=device)[:, :ROWS] for i in range(2))
+    y, total = module(x, residual)
+    inputs = [x, residual, module.weight]
+    compare(torch.stack((y, total)), torch.stack((norm(x + residual), x + residual)), inputs)
+    with pytest.raises(ValueError, match="init_fn must be one of ones, zeros, got 'randn'"):
+        LigerFusedAddRMSNorm(HIDDEN, init_fn="randn")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm(device, bias):
+    module = LigerLayerNorm(HIDDEN, bias=bias).to(device)
+    assert module.state_dict().keys() == {"weight", "bias"}
+    assert (module.weight == 1).all() and not module.bias.any()
+    assert not LigerLayerNorm(HIDDEN, init_fn="zeros").weight.any()
+    reference = nn.LayerNorm(HIDDEN, eps=1e-6).to(device)
+    reference.load_state_dict({name: torch.randn(HIDDEN) for name in ("weight", "bias")})
+    module.load_state_dict(reference.state_dict())
+    reference.weight, reference.bias = module.weight, module.bias
+    x = random(2, ROWS, HIDDEN, device=device)
+    compare(module(x), reference(x), [x, *module.parameters()])
+    assert "eps=1e-06" in repr(module)
+    with pytest.raises(ValueError, match="init_fn must be one of ones, zeros, got 'randn'"):
+        LigerLayerNorm(HIDDEN, init_fn="randn")
 
 
 def test_rms_norm_without_weight(device):

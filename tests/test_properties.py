@@ -18,7 +18,7 @@ from torch import Tensor
 import liger_ops.functional as LF
 from tests.conftest import DEVICES
 from tests.contract import Inputs, OperatorContract
-from tests.reference import cross_entropy, fused_linear_cross_entropy, rms_norm, rope, swiglu
+from tests.reference import cross_entropy, fused_linear_cross_entropy, glu, rms_norm, rope
 from tests.tolerances import assert_within
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -180,6 +180,23 @@ def glu_calls(draw):
 
 
 @st.composite
+def geglu_calls(draw):
+    call = draw(glu_calls())
+    call.kwargs["approximate"] = draw(st.sampled_from(["tanh", "none"]))
+    return call
+
+
+def packed(calls):
+    """Both halves in one buffer."""
+
+    def pack(call):
+        call.shapes = [(*call.shapes[0][:-1], 2 * call.shapes[0][-1])]
+        return call
+
+    return calls.map(pack)
+
+
+@st.composite
 def loss_options(draw):
     return {
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
@@ -238,7 +255,10 @@ OPERATORS = {
     "rms_norm": Operator(LF.rms_norm, rms_norm.rms_norm, norm_calls(), (0, 1), norm_term_sizes),
     "rope": Operator(LF.rope, rope.rope, rope_calls(), (0, 1)),
     "mrope": Operator(LF.mrope, rope.mrope, mrope_calls(), (0, 1)),
-    "swiglu": Operator(LF.swiglu, swiglu.swiglu, glu_calls(), (0, 1)),
+    "swiglu": Operator(LF.swiglu, glu.swiglu, glu_calls(), (0, 1)),
+    "geglu": Operator(LF.geglu, glu.geglu, geglu_calls(), (0, 1)),
+    "swiglu_packed": Operator(LF.swiglu_packed, glu.swiglu_packed, packed(glu_calls()), (0,)),
+    "geglu_packed": Operator(LF.geglu_packed, glu.geglu_packed, packed(geglu_calls()), (0,)),
     "cross_entropy": Operator(
         LF.cross_entropy, cross_entropy.cross_entropy, cross_entropy_calls(), (0,), cross_entropy_term_sizes
     ),

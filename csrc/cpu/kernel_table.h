@@ -2,10 +2,13 @@
 
 #include "cpu/vec.h"
 
+#include "cpu/row_sums.h"
+
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/glu_kernel.h"
+#include "cpu/layer_norm_kernel.h"
 #include "cpu/rms_norm_kernel.h"
 #include "cpu/rope_kernel.h"
-#include "cpu/swiglu_kernel.h"
 
 namespace liger::cpu {
 inline namespace CPU_CAPABILITY {
@@ -13,9 +16,11 @@ inline namespace CPU_CAPABILITY {
 constexpr Kernels kKernelTable = {
     .rms_norm_forward = rms_norm_forward,
     .rms_norm_backward = rms_norm_backward,
+    .layer_norm_forward = layer_norm_forward,
+    .layer_norm_backward = layer_norm_backward,
     .rope = rope,
-    .swiglu_forward = swiglu_forward,
-    .swiglu_backward = swiglu_backward,
+    .glu_forward = glu_forward,
+    .glu_backward = glu_backward,
     .cross_entropy_forward = cross_entropy_forward,
     .cross_entropy_backward = cross_entropy_backward,
     .scale = scale,

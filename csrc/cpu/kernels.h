@@ -8,15 +8,20 @@
 
 #include <cstdint>
 
+#include "ops/activation.h"
+
 namespace liger::cpu {
 
+// rms_norm, and add_rms_norm where there is a residual.
 struct RmsNormForward {
   at::ScalarType dtype, weight_dtype;
-  const void* x;       // [rows, cols], row stride x_stride
-  const void* weight;  // [cols] or null
-  void* y;             // [rows, cols] contiguous
-  void* rstd;          // [rows]
-  int64_t rows, cols, x_stride;
+  const void* x;         // [rows, cols], row stride x_stride
+  const void* residual;  // [rows, cols], row stride residual_stride, or null
+  const void* weight;    // [cols] or null
+  void* sum;             // [rows, cols] contiguous; null without residual
+  void* y;               // [rows, cols] contiguous
+  void* rstd;            // [rows]
+  int64_t rows, cols, x_stride, residual_stride;
   double eps, offset;
   bool round_normalized;
 };
@@ -24,15 +29,44 @@ struct RmsNormForward {
 struct RmsNormBackward {
   at::ScalarType dtype, weight_dtype;
   const void* dy;      // [rows, cols], row stride dy_stride
-  const void* x;       // [rows, cols], row stride x_stride
+  const void* dsum;    // [rows, cols], row stride dsum_stride: added to the gradient; or null
+  const void* x;       // what was normalised: [rows, cols], row stride x_stride
   const void* weight;  // [cols] or null
   const void* rstd;    // [rows]
   void* dx;            // [rows, cols] contiguous, or null
+  void* dresidual;     // as dx
   void* partial;       // [row_blocks, cols] in the accumulate type, or null
   void* dweight;       // [cols], or null
-  int64_t rows, cols, dy_stride, x_stride, row_blocks;
+  int64_t rows, cols, dy_stride, dsum_stride, x_stride, row_blocks;
   double offset;
   bool round_normalized;
+};
+
+struct LayerNormForward {
+  at::ScalarType dtype, affine_dtype;
+  const void* x;       // [rows, cols], row stride x_stride
+  const void* weight;  // [cols] or null
+  const void* bias;    // [cols] or null
+  void* y;             // [rows, cols] contiguous
+  void* mean;          // [rows]
+  void* rstd;          // [rows]
+  int64_t rows, cols, x_stride;
+  double eps;
+};
+
+struct LayerNormBackward {
+  at::ScalarType dtype, weight_dtype, bias_dtype;
+  const void* dy;        // [rows, cols], row stride dy_stride
+  const void* x;         // [rows, cols], row stride x_stride
+  const void* weight;    // [cols] or null
+  const void* mean;      // [rows]
+  const void* rstd;      // [rows]
+  void* dx;              // [rows, cols] contiguous, or null
+  void* partial_weight;  // [row_blocks, cols] in the accumulate type; null without dweight
+  void* partial_bias;    // [row_blocks, cols] in the accumulate type; null without dbias
+  void* dweight;         // [cols], or null
+  void* dbias;           // [cols], or null
+  int64_t rows, cols, dy_stride, x_stride, row_blocks;
 };
 
 // One of q and k. The strides are in elements; the last dimension of x and out has stride 1.
@@ -56,15 +90,16 @@ struct Rope {
   bool inverse;                            // the transposed rotation, for backward
 };
 
-struct Swiglu {
+struct Glu {
   at::ScalarType dtype;
+  Activation activation;
   const void* gate;  // [rows, cols], row stride gate_stride
   const void* up;    // [rows, cols], row stride up_stride
   const void* dout;  // backward: [rows, cols], row stride dout_stride
   void* out;         // forward: [rows, cols] contiguous
-  void* dgate;       // backward: [rows, cols] contiguous
-  void* dup;         // backward: [rows, cols] contiguous
-  int64_t rows, cols, gate_stride, up_stride, dout_stride;
+  void* dgate;       // backward: [rows, cols], row stride gradient_stride
+  void* dup;         // backward: [rows, cols], row stride gradient_stride
+  int64_t rows, cols, gate_stride, up_stride, dout_stride, gradient_stride;
 };
 
 // Rows of logits; what the fields mean: ops/cross_entropy_rows.h. A is the accumulate type of dtype.
@@ -102,9 +137,11 @@ struct Scale {
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
+  void (*layer_norm_forward)(const LayerNormForward&);
+  void (*layer_norm_backward)(const LayerNormBackward&);
   void (*rope)(const Rope&);
-  void (*swiglu_forward)(const Swiglu&);
-  void (*swiglu_backward)(const Swiglu&);
+  void (*glu_forward)(const Glu&);
+  void (*glu_backward)(const Glu&);
   void (*cross_entropy_forward)(const CrossEntropy&);
   void (*cross_entropy_backward)(const CrossEntropy&);
   void (*scale)(const Scale&);

@@ -2,23 +2,12 @@
 
 #include <ATen/ops/empty.h>
 
-#include <algorithm>
-
 #include "cpu/kernels.h"
+#include "cpu/row_blocks.h"
 #include "ops/checks.h"
 #include "ops/rows.h"
 
 namespace liger {
-
-namespace {
-
-// Enough blocks to occupy any machine, few enough that their partial sums stay in cache.
-constexpr int64_t kMaxRowBlocks = 128;
-constexpr int64_t kMinRowsPerBlock = 4;
-
-int64_t row_blocks(int64_t rows) { return std::clamp<int64_t>(rows / kMinRowsPerBlock, 1, kMaxRowBlocks); }
-
-}  // namespace
 
 TensorPair rms_norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
     double offset, std::string_view casting_mode) {
@@ -52,7 +41,7 @@ TensorPair rms_norm_backward_cpu(const at::Tensor& dy, const at::Tensor& x,
   const auto dy_rows = as_rows(dy);
   const auto dense_weight = weight ? weight->contiguous() : at::Tensor();
   const auto dense_rstd = rstd.contiguous();
-  const int64_t blocks = row_blocks(x_rows.rows);
+  const int64_t blocks = cpu::row_blocks(x_rows.rows);
   const auto partial =
       need_dweight ? at::empty({blocks, x_rows.cols}, dense_rstd.options()) : at::empty({0}, rstd.options());
   cpu::kernels().rms_norm_backward(cpu::RmsNormBackward{.dtype = x.scalar_type(),

@@ -68,6 +68,16 @@ struct Pack {
     }
   }
 
+  // The first `count` elements; 0 in the other lanes.
+  Pack first(int64_t count) const {
+    if (count == kSize) return *this;
+    Pack p;
+    for (int i = 0; i < kVectors; ++i) {
+      p.v[i] = V::set(V(A(0)), v[i], std::clamp<int64_t>(count - i * V::size(), 0, V::size()));
+    }
+    return p;
+  }
+
   // Each element rounded to T, as storing and loading it would.
   Pack rounded() const {
     if constexpr (kVectors == 1) {

@@ -1,18 +1,26 @@
 #pragma once
 
 // RMSNorm over rows (ops/rms_norm.h): rstd = 1 / sqrt(mean(x^2) + eps), n = x * rstd, y = n * (offset +
-// weight).
+// weight). The RESIDUAL kernels are add_rms_norm's (ops/add_rms_norm.h): they first write sum = x + residual,
+// rounded to T, and normalise that.
 //
 // Forward: TPR threads own a row and keep it in registers between the reduction and the write, NV vectors of
-// VEC elements each; rows of one warp share a block. Bytes: x read once, y written once.
+// VEC elements each; rows of one warp share a block. Bytes: x read once, y written once; RESIDUAL: x and
+// residual read, sum and y written.
 //
-// Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight). A persistent grid walks the
-// rows; each thread keeps its columns' part of dweight = sum(dy * n) in registers, each block writes one row
-// of partial sums, and column_sum_kernel adds those in order. Bytes: dy and x read once, dx written once,
-// plus the partial sums, which stay in L2. Fixed order throughout: bitwise reproducible on a given GPU.
+// Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum and writes
+// the result twice. A persistent grid walks the rows; each thread keeps its columns' part of dweight =
+// sum(dy * n) in registers, each block writes one row of partial sums, and column_sum_kernel adds those in
+// order. Bytes: dy, x and dsum read once, dx and dresidual written once, plus the partial sums, which stay in
+// L2.
 //
-// The *_any_kernel versions take every width and alignment: scalar accesses, each row read twice.
+// Rows wider than the registers of a block, and rows that vectors do not fit, are read twice: forward by
+// rms_norm_forward_loop_kernel; backward first by rows for mean(m * n), then by columns, where nothing is
+// left to reduce.
+//
+// Fixed order throughout: bitwise reproducible on a given GPU.
 
+#include "cuda/common/column_sum.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/vec.cuh"
 
@@ -23,52 +31,82 @@ __device__ __forceinline__ A reciprocal_sqrt(A x) {
   return A(1) / sqrt(x);
 }
 
-// Sum over the TPR threads that share a row. RPB rows share a block; a row is a warp, or the whole block.
-template <typename A, int TPR, int RPB>
-struct RowSum {
-  static_assert(TPR == 32 || RPB == 1);
-  struct NoStorage {};
-  using Storage = std::conditional_t<TPR == 32, NoStorage, typename BlockSum<A, TPR>::Storage>;
-
-  __device__ __forceinline__ static A all(Storage& storage, A value) {
-    if constexpr (TPR == 32) {
-      return warp_sum(value);
-    } else {
-      return BlockSum<A, TPR>::all(storage, value);
-    }
-  }
-};
-
 template <typename T, typename W>
 struct RmsNormArguments {
   const T* x;
-  const W* weight;  // or null
+  const T* residual;  // RESIDUAL only, as sum
+  const W* weight;    // or null
+  T* sum;
   T* y;
   Accumulate<T>* rstd;
-  int64_t rows, x_stride;
+  int64_t rows, x_stride, residual_stride;
   int cols;
   Accumulate<T> eps, offset;
   bool round_normalized;
 };
 
-template <typename T, typename W, int VEC, int NV, int TPR, int RPB>
+// y of VEC columns from what is normalised.
+template <typename T, typename W, int VEC>
+__device__ __forceinline__ void write_rms_norm(
+    const RmsNormArguments<T, W>& args, const Vec<T, VEC>& x, Accumulate<T> rstd, int64_t row, int col) {
+  using A = Accumulate<T>;
+  A weight[VEC];
+  if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
+  Vec<T, VEC> out;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    A value = widen(x.data[i]) * rstd;
+    if (args.round_normalized) value = rounded<T>(value);
+    if (args.weight != nullptr) value *= args.offset + weight[i];
+    out.data[i] = narrow<T>(value);
+  }
+  out.store(args.y + row * args.cols + col);
+}
+
+template <typename T, int VEC>
+__device__ __forceinline__ Vec<T, VEC> add(const Vec<T, VEC>& a, const Vec<T, VEC>& b) {
+  Vec<T, VEC> out;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) out.data[i] = narrow<T>(widen(a.data[i]) + widen(b.data[i]));
+  return out;
+}
+
+template <typename T, typename W, int VEC, int NV, int TPR, int RPB, bool RESIDUAL>
 __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
+  using V = Vec<T, VEC>;
   using Sum = RowSum<A, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
+  Sum sum(storage);
   const int lane = threadIdx.x % TPR;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR;
   if (row >= args.rows) return;  // whole warps leave: with RPB > 1 a row is a warp
   const T* x = args.x + row * args.x_stride;
-  T* y = args.y + row * args.cols;
 
-  Vec<T, VEC> held[NV];
-  A squares = 0;
+  V held[NV];
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     const int col = (v * TPR + lane) * VEC;
-    if (col < args.cols) held[v] = Vec<T, VEC>::load(x + col);
+    if (col < args.cols) held[v] = V::load(x + col);
   }
+  if constexpr (RESIDUAL) {
+    const T* residual = args.residual + row * args.residual_stride;
+    V added[NV];
+#pragma unroll
+    for (int v = 0; v < NV; ++v) {
+      const int col = (v * TPR + lane) * VEC;
+      if (col < args.cols) added[v] = V::load(residual + col);
+    }
+#pragma unroll
+    for (int v = 0; v < NV; ++v) {
+      const int col = (v * TPR + lane) * VEC;
+      if (col < args.cols) {
+        held[v] = add(held[v], added[v]);
+        held[v].store(args.sum + row * args.cols + col);
+      }
+    }
+  }
+  A squares = 0;
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     const int col = (v * TPR + lane) * VEC;
@@ -80,73 +118,105 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
       }
     }
   }
-  const A mean = Sum::all(storage, squares) / static_cast<A>(args.cols);
+  const A mean = sum.all(squares) / static_cast<A>(args.cols);
   const A rstd = reciprocal_sqrt(mean + args.eps);
   if (lane == 0) args.rstd[row] = rstd;
 
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     const int col = (v * TPR + lane) * VEC;
-    if (col < args.cols) {
-      A weight[VEC];
-      if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
-      Vec<T, VEC> out;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        A value = widen(held[v].data[i]) * rstd;
-        if (args.round_normalized) value = rounded<T>(value);
-        if (args.weight != nullptr) value *= args.offset + weight[i];
-        out.data[i] = narrow<T>(value);
-      }
-      out.store(y + col);
-    }
+    if (col < args.cols) write_rms_norm(args, held[v], rstd, row, col);
   }
 }
 
-template <typename T, typename W, int THREADS>
-__global__ void __launch_bounds__(THREADS) rms_norm_forward_any_kernel(RmsNormArguments<T, W> args) {
+template <typename T, typename W, int VEC, int THREADS, bool RESIDUAL>
+__global__ void __launch_bounds__(THREADS, 2) rms_norm_forward_loop_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
-  __shared__ typename BlockSum<A, THREADS>::Storage storage;
+  using V = Vec<T, VEC>;
+  using Sum = RowSum<A, THREADS, 1>;
+  __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
   const T* x = args.x + row * args.x_stride;
-  T* y = args.y + row * args.cols;
+  T* total = RESIDUAL ? args.sum + row * args.cols : nullptr;
   A squares = 0;
-  for (int col = threadIdx.x; col < args.cols; col += THREADS) {
-    const A value = widen(x[col]);
-    squares += value * value;
+  for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
+    V held = V::load(x + col);
+    if constexpr (RESIDUAL) {
+      held = add(held, V::load(args.residual + row * args.residual_stride + col));
+      held.store(total + col);
+    }
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const A value = widen(held.data[i]);
+      squares += value * value;
+    }
   }
-  const A mean = BlockSum<A, THREADS>::all(storage, squares) / static_cast<A>(args.cols);
+  const A mean = Sum(storage).all(squares) / static_cast<A>(args.cols);
   const A rstd = reciprocal_sqrt(mean + args.eps);
   if (threadIdx.x == 0) args.rstd[row] = rstd;
-  for (int col = threadIdx.x; col < args.cols; col += THREADS) {
-    A value = widen(x[col]) * rstd;
-    if (args.round_normalized) value = rounded<T>(value);
-    if (args.weight != nullptr) value *= args.offset + static_cast<A>(widen(args.weight[col]));
-    y[col] = narrow<T>(value);
+  // A thread reads back the sums that it wrote itself.
+  const T* normalized = RESIDUAL ? total : x;
+  for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
+    write_rms_norm(args, V::load(normalized + col), rstd, row, col);
   }
 }
 
 template <typename T, typename W>
 struct RmsNormBackwardArguments {
   const T* dy;
-  const T* x;
+  const T* dsum;    // RESIDUAL only, or null
+  const T* x;       // what was normalised
   const W* weight;  // or null
   const Accumulate<T>* rstd;
   T* dx;                   // or null
-  Accumulate<T>* partial;  // [gridDim.x, cols] or null
-  int64_t rows, dy_stride, x_stride;
+  T* dresidual;            // RESIDUAL only, or null
+  Accumulate<T>* partial;  // [blocks, cols] or null
+  int64_t rows, dy_stride, dsum_stride, x_stride;
   int cols;
   Accumulate<T> offset;
   bool round_normalized;
 };
 
-template <typename T, typename W, int VEC, int NV, int TPR, int RPB, int BLOCKS_PER_SM>
+// offset + weight of VEC columns, or 1.
+template <typename T, typename W, int VEC>
+__device__ __forceinline__ void load_scale(
+    const RmsNormBackwardArguments<T, W>& args, int col, Accumulate<T> (&scale)[VEC]) {
+  load_wide_or<W, VEC>(args.weight, col, 1, scale);
+  if (args.weight == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) scale[i] += args.offset;
+}
+
+// The gradient of VEC columns, given mean(m * n), to wherever it is wanted.
+template <typename T, typename W, int VEC, bool RESIDUAL>
+__device__ __forceinline__ void write_rms_norm_gradient(const RmsNormBackwardArguments<T, W>& args,
+    const Vec<T, VEC>& dy, const Vec<T, VEC>& x, const Vec<T, VEC>& dsum, const Accumulate<T> (&scale)[VEC],
+    Accumulate<T> rstd, Accumulate<T> mean, int64_t row, int col) {
+  using A = Accumulate<T>;
+  Vec<T, VEC> out;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    const A n = widen(x.data[i]) * rstd;
+    const A m = widen(dy.data[i]) * scale[i];
+    A gradient = rstd * (m - n * mean);
+    if (RESIDUAL && args.dsum != nullptr) gradient += widen(dsum.data[i]);
+    out.data[i] = narrow<T>(gradient);
+  }
+  if (args.dx != nullptr) out.store(args.dx + row * args.cols + col);
+  if (RESIDUAL && args.dresidual != nullptr) out.store(args.dresidual + row * args.cols + col);
+}
+
+template <typename T, typename W, int VEC, int NV, int TPR, int RPB, int BLOCKS_PER_SM, bool RESIDUAL>
 __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     rms_norm_backward_kernel(RmsNormBackwardArguments<T, W> args) {
   using A = Accumulate<T>;
+  using V = Vec<T, VEC>;
   using Sum = RowSum<A, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
+  Sum sum(storage);
   const int lane = threadIdx.x % TPR;
+  // Wide rows leave no registers for dsum: it is then read when it is needed.
+  constexpr bool kHoldDsum = RESIDUAL && NV <= 2;
   A sums[NV][VEC] = {};
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
@@ -155,13 +225,15 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     const T* dy_row = args.dy + row * args.dy_stride;
     const T* x_row = args.x + row * args.x_stride;
     const A rstd = args.rstd[row];
-    Vec<T, VEC> dy[NV], x[NV];
+    const T* dsum_row = RESIDUAL && args.dsum != nullptr ? args.dsum + row * args.dsum_stride : nullptr;
+    V dy[NV], x[NV], dsum[kHoldDsum ? NV : 1];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
       if (col < args.cols) {
-        dy[v] = Vec<T, VEC>::load(dy_row + col);
-        x[v] = Vec<T, VEC>::load(x_row + col);
+        dy[v] = V::load(dy_row + col);
+        x[v] = V::load(x_row + col);
+        if (kHoldDsum && dsum_row != nullptr) dsum[v] = V::load(dsum_row + col);
       }
     }
     A dot = 0;
@@ -169,125 +241,88 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
       if (col < args.cols) {
-        A weight[VEC];
-        if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
+        A scale[VEC];
+        load_scale(args, col, scale);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
           const A gradient = widen(dy[v].data[i]);
           const A n = widen(x[v].data[i]) * rstd;
-          const A m = args.weight != nullptr ? gradient * (args.offset + weight[i]) : gradient;
-          dot += m * n;
+          dot += gradient * scale[i] * n;
           sums[v][i] += gradient * (args.round_normalized ? rounded<T>(n) : n);
         }
       }
     }
-    if (args.dx == nullptr) continue;
-    const A mean = Sum::all(storage, dot) / static_cast<A>(args.cols);
-    T* dx_row = args.dx + row * args.cols;
+    if (args.dx == nullptr && !(RESIDUAL && args.dresidual != nullptr)) continue;
+    const A mean = sum.all(dot) / static_cast<A>(args.cols);
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
       if (col < args.cols) {
-        A weight[VEC];  // again from L1: holding it would cost registers and so rows in flight
-        if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
-        Vec<T, VEC> out;
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          const A gradient = widen(dy[v].data[i]);
-          const A n = widen(x[v].data[i]) * rstd;
-          const A m = args.weight != nullptr ? gradient * (args.offset + weight[i]) : gradient;
-          out.data[i] = narrow<T>(rstd * (m - n * mean));
-        }
-        out.store(dx_row + col);
+        A scale[VEC];  // again from L1: holding it would cost registers and so rows in flight
+        load_scale(args, col, scale);
+        V& added = dsum[kHoldDsum ? v : 0];
+        if (RESIDUAL && !kHoldDsum && dsum_row != nullptr) added = V::load(dsum_row + col);
+        write_rms_norm_gradient<T, W, VEC, RESIDUAL>(args, dy[v], x[v], added, scale, rstd, mean, row, col);
       }
     }
   }
-
-  if (args.partial == nullptr) return;
-  A* partial = args.partial + static_cast<int64_t>(blockIdx.x) * args.cols;
-  if constexpr (RPB == 1) {
-#pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) partial[col + i] = sums[v][i];
-      }
-    }
-  } else {
-    // The warps' sums meet in shared memory and are added in warp order.
-    __shared__ A shared[RPB][NV * TPR * VEC];
-#pragma unroll
-    for (int v = 0; v < NV; ++v) {
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) shared[threadIdx.x / TPR][(v * TPR + lane) * VEC + i] = sums[v][i];
-    }
-    __syncthreads();
-    for (int col = threadIdx.x; col < args.cols; col += TPR * RPB) {
-      A sum = 0;
-#pragma unroll
-      for (int r = 0; r < RPB; ++r) sum += shared[r][col];
-      partial[col] = sum;
-    }
-  }
+  write_partial_sums<A, VEC, NV, TPR, RPB>(sums, args.partial, args.cols);
 }
 
-template <typename T, typename W, int THREADS>
-__global__ void __launch_bounds__(THREADS) rms_norm_backward_any_kernel(RmsNormBackwardArguments<T, W> args) {
+// mean_mn[row] = mean(m * n). A block owns a row.
+template <typename T, typename W, int VEC, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    rms_norm_backward_rows_kernel(RmsNormBackwardArguments<T, W> args, Accumulate<T>* mean_mn) {
   using A = Accumulate<T>;
-  __shared__ typename BlockSum<A, THREADS>::Storage storage;
-  // A thread owns the same columns of every row, so it alone touches its entries of the partial sums.
-  A* partial =
-      args.partial == nullptr ? nullptr : args.partial + static_cast<int64_t>(blockIdx.x) * args.cols;
-  if (partial != nullptr) {
-    for (int col = threadIdx.x; col < args.cols; col += THREADS) partial[col] = 0;
+  using V = Vec<T, VEC>;
+  using Sum = RowSum<A, THREADS, 1>;
+  __shared__ typename Sum::Storage storage;
+  const int64_t row = blockIdx.x;
+  const A rstd = args.rstd[row];
+  A dot = 0;
+  for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
+    const V dy = V::load(args.dy + row * args.dy_stride + col);
+    const V x = V::load(args.x + row * args.x_stride + col);
+    A scale[VEC];
+    load_scale(args, col, scale);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) dot += widen(dy.data[i]) * scale[i] * (widen(x.data[i]) * rstd);
   }
-  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    const T* dy = args.dy + row * args.dy_stride;
-    const T* x = args.x + row * args.x_stride;
-    const A rstd = args.rstd[row];
-    A dot = 0;
-    for (int col = threadIdx.x; col < args.cols; col += THREADS) {
-      const A gradient = widen(dy[col]);
-      const A n = widen(x[col]) * rstd;
-      const A scale = args.weight != nullptr ? args.offset + static_cast<A>(widen(args.weight[col])) : A(1);
-      dot += gradient * scale * n;
-      if (partial != nullptr) partial[col] += gradient * (args.round_normalized ? rounded<T>(n) : n);
-    }
-    if (args.dx == nullptr) continue;
-    const A mean = BlockSum<A, THREADS>::all(storage, dot) / static_cast<A>(args.cols);
-    T* dx = args.dx + row * args.cols;
-    for (int col = threadIdx.x; col < args.cols; col += THREADS) {
-      const A n = widen(x[col]) * rstd;
-      const A scale = args.weight != nullptr ? args.offset + static_cast<A>(widen(args.weight[col])) : A(1);
-      dx[col] = narrow<T>(rstd * (widen(dy[col]) * scale - n * mean));
-    }
-  }
+  const A mean = Sum(storage).all(dot) / static_cast<A>(args.cols);
+  if (threadIdx.x == 0) mean_mn[row] = mean;
 }
 
-constexpr int kColumnSumWidth = 32;
-constexpr int kColumnSumHeight = 16;
-
-// out[col] = sum over rows of partial[row, col]. A block owns 32 columns; its rows of threads add every 16th
-// partial row each, and the 16 sums are added in order.
-template <typename A, typename W>
-__global__ void __launch_bounds__(kColumnSumWidth* kColumnSumHeight)
-    column_sum_kernel(const A* __restrict__ partial, W* __restrict__ out, int rows, int cols) {
-  __shared__ A shared[kColumnSumHeight][kColumnSumWidth];
-  const int col = blockIdx.x * kColumnSumWidth + threadIdx.x;
-  A sum = 0;
-  if (col < cols) {
-    for (int row = threadIdx.y; row < rows; row += kColumnSumHeight) {
-      sum += partial[static_cast<int64_t>(row) * cols + col];
+// A block owns THREADS * VEC columns, blockIdx.x, of every gridDim.y-th row, and one row of partial.
+template <typename T, typename W, int VEC, int THREADS, bool RESIDUAL>
+__global__ void __launch_bounds__(THREADS)
+    rms_norm_backward_columns_kernel(RmsNormBackwardArguments<T, W> args, const Accumulate<T>* mean_mn) {
+  using A = Accumulate<T>;
+  using V = Vec<T, VEC>;
+  const int col = (blockIdx.x * THREADS + threadIdx.x) * VEC;
+  if (col >= args.cols) return;
+  A scale[VEC];
+  load_scale(args, col, scale);
+  A sums[VEC] = {};
+  for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
+    const V dy = V::load(args.dy + row * args.dy_stride + col);
+    const V x = V::load(args.x + row * args.x_stride + col);
+    V dsum;
+    if (RESIDUAL && args.dsum != nullptr) dsum = V::load(args.dsum + row * args.dsum_stride + col);
+    const A rstd = args.rstd[row];
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      const A n = widen(x.data[i]) * rstd;
+      sums[i] += widen(dy.data[i]) * (args.round_normalized ? rounded<T>(n) : n);
+    }
+    if (mean_mn != nullptr) {
+      write_rms_norm_gradient<T, W, VEC, RESIDUAL>(args, dy, x, dsum, scale, rstd, mean_mn[row], row, col);
     }
   }
-  shared[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || col >= cols) return;
-  A total = 0;
+  if (args.partial == nullptr) return;
 #pragma unroll
-  for (int y = 0; y < kColumnSumHeight; ++y) total += shared[y][threadIdx.x];
-  out[col] = narrow<W>(total);
+  for (int i = 0; i < VEC; ++i) {
+    args.partial[static_cast<int64_t>(blockIdx.y) * args.cols + col + i] = sums[i];
+  }
 }
 
 }  // namespace liger::cuda

@@ -96,11 +96,19 @@ void check_same_dtype_or_float32(const Argument& arg, const Argument& reference)
       ", got ", dtype_name(dtype));
 }
 
-void check_vector(const Argument& arg, const c10::SymInt& size, const char* meaning) {
+void check_vector(const Argument& arg, const c10::SymInt& size, const char* meaning, const char* of) {
   TORCH_CHECK_VALUE(
       arg.tensor.dim() == 1 && arg.tensor.sym_size(0).sym_eq(size).expect_true(__FILE__, __LINE__),
-      "liger::", arg.op, ": ", arg.name, " must be 1-D of size ", size, " (", meaning, "), got ",
+      "liger::", arg.op, ": ", arg.name, " must be 1-D of size ", size, " (", meaning, of, "), got ",
       arg.tensor.sym_sizes());
+}
+
+void check_row_statistic(const Argument& arg, const Argument& reference) {
+  check_same_device(arg, reference);
+  const auto dtype = accumulate_type(reference.tensor.scalar_type());
+  TORCH_CHECK_TYPE(arg.tensor.scalar_type() == dtype, "liger::", arg.op, ": ", arg.name, " must have dtype ",
+      dtype_name(dtype), ", got ", dtype_name(arg.tensor.scalar_type()));
+  check_leading_shape(arg, reference, reference.tensor.dim() - 1);
 }
 
 }  // namespace liger

@@ -30,8 +30,11 @@ void check_same_shape(const Argument& arg, const Argument& reference);
 void check_leading_shape(const Argument& arg, const Argument& reference, int64_t dims);
 // The dtype of `reference`, or float32 beside a 16-bit `reference`.
 void check_same_dtype_or_float32(const Argument& arg, const Argument& reference);
-// 1-D of the given size; `meaning` says what the size is ("last dimension of x").
-void check_vector(const Argument& arg, const c10::SymInt& size, const char* meaning);
+// 1-D of the given size; `meaning` and `of` say what the size is ("last dimension of ", "x").
+void check_vector(const Argument& arg, const c10::SymInt& size, const char* meaning, const char* of = "");
+
+// One number for each row of `reference`: its leading dimensions, in the dtype of statistics.
+void check_row_statistic(const Argument& arg, const Argument& reference);
 
 // The dtype of sums and statistics: float64 for float64, float32 for everything else.
 inline at::ScalarType accumulate_type(at::ScalarType dtype) {

@@ -5,6 +5,7 @@
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/rms_norm_checks.h"
 
 namespace liger {
 
@@ -33,46 +34,50 @@ bool rounds_normalized(const char* op, std::string_view casting_mode) {
   return casting_mode == "llama";
 }
 
-void check_input_and_weight(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& weight) {
-  const Argument x_arg{op, "x", x};
-  check_floating(x_arg);
-  check_dim_at_least(x_arg, 1);
+void check_input_and_weight(const Argument& x, const std::optional<at::Tensor>& weight) {
+  check_floating(x);
+  check_dim_at_least(x, 1);
   if (weight) {
-    const Argument weight_arg{op, "weight", *weight};
-    check_same_device(weight_arg, x_arg);
-    check_same_dtype_or_float32(weight_arg, x_arg);
-    check_vector(weight_arg, x.sym_size(-1), "last dimension of x");
+    const Argument weight_arg{x.op, "weight", *weight};
+    check_same_device(weight_arg, x);
+    check_same_dtype_or_float32(weight_arg, x);
+    check_vector(weight_arg, x.tensor.sym_size(-1), "last dimension of ", x.name);
   }
 }
 
 }  // namespace
 
+bool check_rms_norm_arguments(
+    const Argument& x, const std::optional<at::Tensor>& weight, double eps, std::string_view casting_mode) {
+  check_input_and_weight(x, weight);
+  TORCH_CHECK_VALUE(eps >= 0, "liger::", x.op, ": eps must not be negative, got ", eps);
+  return rounds_normalized(x.op, casting_mode);
+}
+
+bool check_rms_norm_backward_arguments(const at::Tensor& dy, const Argument& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& rstd, std::string_view casting_mode,
+    bool need_dweight) {
+  check_input_and_weight(x, weight);
+  const Argument dy_arg{x.op, "dy", dy};
+  check_same_device(dy_arg, x);
+  check_same_dtype(dy_arg, x);
+  check_same_shape(dy_arg, x);
+  check_row_statistic({x.op, "rstd", rstd}, x);
+  TORCH_CHECK_VALUE(
+      weight.has_value() || !need_dweight, "liger::", x.op, ": need_dweight requires a weight, got none");
+  return rounds_normalized(x.op, casting_mode);
+}
+
 bool check_rms_norm(
     const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, std::string_view casting_mode) {
-  check_input_and_weight("rms_norm", x, weight);
-  TORCH_CHECK_VALUE(eps >= 0, "liger::rms_norm: eps must not be negative, got ", eps);
-  return rounds_normalized("rms_norm", casting_mode);
+  return check_rms_norm_arguments({"rms_norm", "x", x}, weight, eps, casting_mode);
 }
 
 bool check_rms_norm_backward(const at::Tensor& dy, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, const at::Tensor& rstd, std::string_view casting_mode,
     bool need_dweight) {
-  constexpr auto op = "rms_norm_backward";
-  check_input_and_weight(op, x, weight);
-  const Argument x_arg{op, "x", x};
-  const Argument dy_arg{op, "dy", dy};
-  check_same_device(dy_arg, x_arg);
-  check_same_dtype(dy_arg, x_arg);
-  check_same_shape(dy_arg, x_arg);
-  const Argument rstd_arg{op, "rstd", rstd};
-  check_same_device(rstd_arg, x_arg);
-  TORCH_CHECK_TYPE(rstd.scalar_type() == accumulate_type(x.scalar_type()), "liger::", op,
-      ": rstd must have dtype ", dtype_name(accumulate_type(x.scalar_type())), ", got ",
-      dtype_name(rstd.scalar_type()));
-  check_leading_shape(rstd_arg, x_arg, x.dim() - 1);
-  TORCH_CHECK_VALUE(
-      weight.has_value() || !need_dweight, "liger::", op, ": need_dweight requires a weight, got none");
-  return rounds_normalized(op, casting_mode);
+  return check_rms_norm_backward_arguments(
+      dy, {"rms_norm_backward", "x", x}, weight, rstd, casting_mode, need_dweight);
 }
 
 TensorPair rms_norm_meta(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,

@@ -9,9 +9,9 @@ namespace liger {
 
 struct Rows {
   at::Tensor tensor;  // keeps the storage alive
-  int64_t rows;
-  int64_t cols;
-  int64_t stride;  // elements between the starts of neighbouring rows
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;  // elements between the starts of neighbouring rows
 
   bool dense() const { return stride == cols; }
   const void* data() const { return tensor.const_data_ptr(); }

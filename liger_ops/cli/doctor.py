@@ -173,8 +173,8 @@ def _check_compile(device: str) -> str:
     constants = _random((ANGLES, ANGLES), device)
 
     def function(x: torch.Tensor, norm: torch.Tensor, head: torch.Tensor, *rotary: torch.Tensor) -> Tensors:
-        hidden = LF.rms_norm(x, norm)
-        hidden = LF.swiglu(hidden, x)
+        hidden, total = LF.add_rms_norm(LF.layer_norm(x, norm), x, norm)
+        hidden = LF.swiglu(LF.rms_norm(hidden, norm), total)
         loss = LF.fused_linear_cross_entropy(hidden, head, _targets(x))
         return loss + LF.cross_entropy(F.linear(hidden, head), _targets(x)), *LF.rope(*rotary)
 
@@ -198,6 +198,10 @@ def _rms_norm_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
+def _add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Tensors:
+    return _rms_norm_reference(x + residual, weight), x + residual
+
+
 def _rope_reference(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
     def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, -1)
@@ -210,6 +214,13 @@ Q, K, ANGLES = (2, 4, 6, 16), (2, 2, 6, 16), (1, 6, 16)
 
 CASES = (
     Case("rms_norm", LF.rms_norm, _rms_norm_reference, ((ROWS, WIDTH), (WIDTH,))),
+    Case("add_rms_norm", LF.add_rms_norm, _add_rms_norm_reference, ((ROWS, WIDTH), (ROWS, WIDTH), (WIDTH,))),
+    Case(
+        "layer_norm",
+        LF.layer_norm,
+        lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias),
+        ((ROWS, WIDTH), (WIDTH,), (WIDTH,)),
+    ),
     Case("rope", LF.rope, _rope_reference, (Q, K), (ANGLES, ANGLES)),
     Case("swiglu", LF.swiglu, lambda gate, up: F.silu(gate) * up, ((ROWS, WIDTH), (ROWS, WIDTH))),
     Case(

@@ -1,13 +1,21 @@
 """Modules over the operators, with Liger's class names and signatures. Nothing here imports transformers."""
 
+from liger_ops.nn.add_rms_norm import LigerFusedAddRMSNorm
 from liger_ops.nn.cross_entropy import LigerCrossEntropyLoss
+from liger_ops.nn.experts import LigerExperts
 from liger_ops.nn.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-from liger_ops.nn.rms_norm import LigerRMSNorm
+from liger_ops.nn.layer_norm import LigerLayerNorm
+from liger_ops.nn.rms_norm import LigerRMSNorm, LigerRMSNormForGemma, LigerRMSNormForGemma2
 from liger_ops.nn.swiglu import LigerSwiGLUMLP
 
 __all__ = [
     "LigerCrossEntropyLoss",
+    "LigerFusedAddRMSNorm",
+    "LigerExperts",
     "LigerFusedLinearCrossEntropyLoss",
+    "LigerLayerNorm",
     "LigerRMSNorm",
+    "LigerRMSNormForGemma",
+    "LigerRMSNormForGemma2",
     "LigerSwiGLUMLP",
 ]

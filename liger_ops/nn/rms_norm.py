@@ -66,3 +66,38 @@ class LigerRMSNorm(nn.Module):
         return (
             f"{shape}, eps={self.variance_epsilon}, offset={self.offset}, casting_mode={self.casting_mode!r}"
         )
+
+
+class LigerRMSNormForGemma(LigerRMSNorm):
+    """LigerRMSNorm with the defaults of Gemma: weights stored around zero, one rounding at the end.
+
+    Args and errors: as LigerRMSNorm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        offset: float = 1.0,
+        casting_mode: str = "gemma",
+        init_fn: str = "zeros",
+        in_place: bool = True,
+        row_mode: bool | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place, row_mode)
+
+
+class LigerRMSNormForGemma2(LigerRMSNormForGemma):
+    """LigerRMSNormForGemma; only the default of ``in_place``, which has no effect here, differs."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        offset: float = 1.0,
+        casting_mode: str = "gemma",
+        init_fn: str = "zeros",
+        in_place: bool = False,
+        row_mode: bool | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, offset, casting_mode, init_fn, in_place, row_mode)

@@ -143,5 +143,8 @@ def _apply_liger_kernel(model_type: str, **kwargs: Any) -> PatchReport:
 
 
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> PatchReport:
-    """The patch of one model, under the name that the Trainer and training frameworks call in Liger."""
-    return patch(model, **kwargs)
+    """The patch of one model, under the name that the Trainer and training frameworks call in Liger.
+
+    Model types without a record are left alone unless ``recognize=True`` comes along.
+    """
+    return patch(model, **{"recognize": False} | kwargs)

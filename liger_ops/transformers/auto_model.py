@@ -13,10 +13,10 @@ from liger_ops.transformers.patching import patch
 class AutoLigerKernelForCausalLM:
     """``AutoModelForCausalLM`` whose models run liger_ops' operators.
 
-    Keyword arguments named like an option of ``patch``, and ``strict``, go to ``patch``; all others to
-    ``AutoModelForCausalLM``, which raises TypeError for those it does not know. The loaded model is patched
-    by its own ``config.model_type``, which is not always the checkpoint's: a multimodal one may load its text
-    part.
+    Keyword arguments named like an option of ``patch``, ``strict`` and ``recognize`` go to ``patch``; all
+    others to ``AutoModelForCausalLM``, which raises TypeError for those it does not know. The loaded model is
+    patched by its own ``config.model_type``, which is not always the checkpoint's: a multimodal one may load
+    its text part.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class AutoLigerKernelForCausalLM:
 
 def _take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Remove what belongs to ``patch`` from the keyword arguments, and return it."""
-    names = {"strict"}.union(*(family.defaults for family in FAMILIES))
+    names = {"strict", "recognize"}.union(*(family.defaults for family in FAMILIES))
     return {name: kwargs.pop(name) for name in names & kwargs.keys()}
 
 

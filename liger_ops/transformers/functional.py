@@ -13,7 +13,9 @@ from liger_ops.nn._loss_options import in_dtype
 __all__ = [
     "CrossEntropyOutput",
     "liger_cross_entropy",
+    "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
+    "liger_layer_norm",
     "liger_multimodal_rotary_pos_emb",
     "liger_qwen2vl_mrope",
     "liger_rms_norm",
@@ -34,6 +36,26 @@ def liger_rms_norm(
 ) -> torch.Tensor:
     """``X / rms(X) · (offset + W)`` over the last dimension, in X's dtype. ``in_place`` changes nothing."""
     return LF.rms_norm(X, W, eps, offset, casting_mode)
+
+
+def liger_fused_add_rms_norm(
+    X: torch.Tensor,
+    R: torch.Tensor,
+    W: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(liger_rms_norm(S), S)`` with ``S = X + R``, in X's dtype. ``in_place`` changes nothing."""
+    return LF.add_rms_norm(X, R, W, eps, offset, casting_mode)
+
+
+def liger_layer_norm(
+    X: torch.Tensor, W: torch.Tensor | None, B: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """``(X - mean(X)) / sqrt(var(X) + eps) · W + B`` over the last dimension, in X's dtype."""
+    return LF.layer_norm(X, W, B, eps)
 
 
 def liger_rope(

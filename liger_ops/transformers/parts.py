@@ -47,7 +47,12 @@ class Part:
     operator: str = ""
     model_types: tuple[str, ...] = ()
 
+    def fits(self, model: nn.Module | None, model_type: str | None) -> bool:
+        """Whether models of this type have the part; without a model, some of the family's do."""
+        return model is None or not self.model_types or model_type in self.model_types
+
     def plan(self, model: nn.Module | None, modeling: ModuleType) -> Plan:
+        """What patching the model, or, without one, the modeling module would change."""
         raise NotImplementedError
 
     def _skip(self, reason: str, count: int | None = None) -> Skipped:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from torch import nn
 
 from liger_ops.transformers.families import FAMILIES, Family, family_of, supported_model_types
 from liger_ops.transformers.parts import Part, Plan
+from liger_ops.transformers.recognize import recognize as find_parts
 from liger_ops.transformers.report import PatchReport, Skipped
 
 
 def patch(
-    model: nn.Module | None = None, *, model_type: str | None = None, strict: bool = False, **options: bool
+    model: nn.Module | None = None,
+    *,
+    model_type: str | None = None,
+    strict: bool = False,
+    recognize: bool = True,
+    **options: bool,
 ) -> PatchReport:
     """Make a model of Hugging Face transformers run liger_ops' operators.
 
@@ -28,9 +35,14 @@ def patch(
         model_type: the ``config.model_type`` to patch for when ``model`` is None. With a model, its own is
             used, and one that differs is an error.
         strict: raise ValueError, and change nothing, when something asked for cannot be done.
-        **options: what to replace; of each family those of its record. For LLaMA: ``rope`` (True),
-            ``rms_norm`` (True), ``swiglu`` (True), ``fused_linear_cross_entropy`` (True): loss straight from
-            the hidden states, and ``cross_entropy`` (False): the loss from logits.
+        recognize: for a model whose type has no record: find norms, gated MLPs and rotary embeddings by
+            their structure, and replace those that give the same numbers on random input. Its head is
+            unknown, so it keeps its logits, and the loss from them is replaced. False leaves such a model
+            alone. The Trainer's flag passes False unless told otherwise.
+        **options: what to replace; of each family those of its record. ``rope``, ``rms_norm`` and
+            ``fused_linear_cross_entropy``, the loss straight from the hidden states, in all families;
+            ``swiglu`` or, for Gemma, ``geglu``: the MLP, or the experts; ``layer_norm`` where images are
+            seen. These are on. ``cross_entropy``, the loss from logits in its place, is off.
 
     Returns:
         The report of what was replaced and what was skipped, with ``undo()``. Patching twice changes nothing
@@ -57,7 +69,21 @@ def patch(
     wanted = resolve_options(family, options)
     report = PatchReport(model=None if base is None else type(base).__name__, model_type=found)
 
-    refusal = _unsupported(base, found) if family is None else _unusable_device(base)
+    refusal = _unusable_device(base)
+    parts: list[tuple[Part, ModuleType]] = []
+    if refusal is None:
+        if family is not None:
+            parts = _parts_of(family, base, found)
+            for option in sorted(set(options) - {part.option for part, _ in parts}):
+                report.skipped.append(Skipped(option, "-", None, f"a {found} model has nothing of the kind"))
+        elif base is not None and found is not None and recognize:
+            recognized = find_parts(base)
+            parts, report.skipped = recognized.parts, recognized.skipped
+            report.notes.append(f"{found} has no record: parts were recognised and compared on random input")
+            # A head that nobody has read keeps its logits.
+            wanted["cross_entropy"] |= wanted["fused_linear_cross_entropy"]
+        if not parts:
+            refusal = _unsupported(base, found)
     if refusal is not None:
         if strict:
             raise ValueError(refusal)
@@ -65,24 +91,22 @@ def patch(
         report.skipped = [Skipped(option, "-", None, refusal) for option, on in wanted.items() if on]
         return report
 
-    modeling = importlib.import_module(family.modeling)
-    plans = []
-    for option, parts in _parts_by_option(family, wanted).items():
-        apt = [part for part in parts if base is None or not part.model_types or found in part.model_types]
-        plans += [part.plan(base, modeling) for part in apt]
-        if not apt and option in options:
-            report.skipped.append(
-                Skipped(option, "-", None, f"a model of type {found} has nothing of the kind")
-            )
+    plans = [part.plan(base, modeling) for part, modeling in parts if wanted[part.option]]
     for plan in plans:
         report.patched += plan.patched
         report.skipped += plan.skipped
         report.notes += plan.notes
+    report.skipped = [row for row in report.skipped if wanted[row.option]]
     if strict and report.skipped:
         reasons = "; ".join(f"{row.option} on {row.target}: {row.reason}" for row in report.skipped)
         raise ValueError(f"not everything can be patched, and strict=True: {reasons}")
     _apply(plans, report)
     return report
+
+
+def _parts_of(family: Family, model: nn.Module | None, model_type: str) -> list[tuple[Part, ModuleType]]:
+    modeling = importlib.import_module(family.modeling)
+    return [(part, modeling) for part in family.parts if part.fits(model, model_type)]
 
 
 @contextlib.contextmanager
@@ -123,15 +147,6 @@ def resolve_options(family: Family | None, options: dict[str, bool]) -> dict[str
             "pass cross_entropy=True with fused_linear_cross_entropy=False, or leave cross_entropy out"
         )
     return wanted
-
-
-def _parts_by_option(family: Family, wanted: dict[str, bool]) -> dict[str, list[Part]]:
-    """The family's parts whose option is wanted, in the order of the record."""
-    return {
-        option: [part for part in family.parts if part.option == option]
-        for option, on in wanted.items()
-        if on
-    }
 
 
 def _unsupported(model: nn.Module | None, model_type: str | None) -> str:

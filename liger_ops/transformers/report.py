@@ -73,9 +73,18 @@ class PatchReport:
             "notes": list(self.notes),
         }
 
+    def summary(self) -> str:
+        """The report in one line, for a log."""
+        patched = [f"{row.option} ({row.target}{_times(row.count)})" for row in self.patched]
+        skipped = [f"{row.option} ({row.target}{_times(row.count)}: {row.reason})" for row in self.skipped]
+        line = f"{self._title()}: {', '.join(patched) or 'nothing was patched'}"
+        return line + (f"; skipped {', '.join(skipped)}" if skipped else "")
+
+    def _title(self) -> str:
+        return f"liger_ops on {self.model or 'every model'} (model type {self.model_type})"
+
     def __str__(self) -> str:
-        subject = self.model or "every model"
-        lines = [f"liger_ops on {subject} (model type {self.model_type})"]
+        lines = [self._title()]
         rows = [
             (
                 row.option,
@@ -100,6 +109,10 @@ class PatchReport:
 
     # What a notebook or the interactive prompt shows.
     __repr__ = __str__
+
+
+def _times(count: int | None) -> str:
+    return "" if count is None else f" x{count}"
 
 
 def _count(count: int | None) -> str:

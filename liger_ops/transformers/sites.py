@@ -111,6 +111,13 @@ def site(owner: Any, name: str, build: Callable[[Callable], Callable]) -> Site:
         return _sites.get((id(owner), name)) or Site(owner, name, build)
 
 
+def original(owner: Any, name: str) -> Any:
+    """What a class or Python module itself defines under this name, whether it is replaced or not."""
+    with _lock:
+        place = _sites.get((id(owner), name))
+    return vars(owner)[name] if place is None else place.original
+
+
 def foreign(function: Callable[..., Any], modeling: ModuleType | None = None) -> str | None:
     """The full name of a function that neither the modeling module, transformers nor we defined, or None.
 

@@ -77,11 +77,12 @@ def reports() -> list[PatchReport]:
 def apply_liger_kernel(model: Any, kernel_config: dict[str, Any] | None) -> None:
     """What the Trainer calls in ``train()``: patch ``model``, with ``kernel_config`` as the options.
 
-    Raises TypeError for an unknown option. Logs the report, as a warning when something was skipped.
+    A model type without a record is left alone unless ``kernel_config`` has ``recognize=True``. Raises
+    TypeError for an unknown option. Logs one line, as a warning when something was skipped.
     """
-    report = patch(model, **(kernel_config or {}))
+    report = patch(model, **{"recognize": False} | (kernel_config or {}))
     _reports.append(report)
-    logger.log(logging.WARNING if report.skipped else logging.INFO, "%s", report)
+    logger.log(logging.WARNING if report.skipped else logging.INFO, "%s", report.summary())
 
 
 def _accepting_use_liger(init: Callable[..., None]) -> Callable[..., None]:

@@ -5,8 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-from liger_ops.transformers import sites
-
 # transformers and accelerate are optional dependencies.
 if not all(map(importlib.util.find_spec, ("transformers", "accelerate"))):
     collect_ignore_glob = ["test_*.py"]
@@ -14,11 +12,11 @@ if not all(map(importlib.util.find_spec, ("transformers", "accelerate"))):
 
 @pytest.fixture(autouse=True)
 def stock_afterwards():
-    """Stock classes for the next test: a model that is gone is not undone by that."""
+    """Stock classes for the next test."""
     yield
-    for site in list(sites._sites.values()):
-        site.users.clear()
-        site.release(None)
+    from tiny import forget_patches
+
+    forget_patches()
 
 
 @pytest.fixture(autouse=True)

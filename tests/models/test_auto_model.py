@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import Operators, batch, tiny
+from tiny import CALLS, MODELS, Operators, batch, tiny
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from liger_ops.transformers import AutoLigerKernelForCausalLM
@@ -32,8 +32,8 @@ def test_from_pretrained(checkpoint, device):
 def test_options_go_to_patch(checkpoint, device):
     model = AutoLigerKernelForCausalLM.from_pretrained(checkpoint, rope=False, swiglu=False).to(device)
     assert operators_of(model) == {"rms_norm", "fused_linear_cross_entropy"}
-    config = LlamaConfig(**tiny().config.to_diff_dict() | {"hidden_act": "gelu"})
-    with pytest.raises(ValueError, match="the activation is GELUActivation"):
+    config = LlamaConfig(**tiny().config.to_diff_dict() | {"hidden_act": "relu"})
+    with pytest.raises(ValueError, match="the activation is ReLU"):
         AutoLigerKernelForCausalLM.from_config(config, strict=True)
 
 
@@ -61,8 +61,24 @@ def test_unknown_options_are_refused(checkpoint):
 def test_unsupported_type_loads_with_a_warning():
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32)
     with pytest.warns(UserWarning, match="model type 'gpt2' is not supported"):
-        model = AutoLigerKernelForCausalLM.from_config(config)
+        model = AutoLigerKernelForCausalLM.from_config(config, recognize=False)
     assert type(model) is type(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_that_transformers_loads(family, tmp_path, device):
+    """The checkpoint of a model that sees may be loaded as its text part alone."""
+    source = tiny(family)
+    if family == "qwen2_vl":
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            AutoLigerKernelForCausalLM.from_config(source.config)
+        return
+    source.save_pretrained(tmp_path)
+    model = AutoLigerKernelForCausalLM.from_pretrained(tmp_path, strict=True).to(device)
+    with Operators() as operators:
+        model.train()(**batch(device, family="mllama_text" if family == "mllama" else family))
+    assert operators.calls["fused_linear_cross_entropy"] == 1
+    assert operators.calls["rms_norm"] == CALLS[family]["rms_norm"]
 
 
 def test_no_instances():

@@ -1,7 +1,9 @@
 """``patch``: what it reports, what it leaves alone, and the way back."""
 
 import gc
+import importlib
 import inspect
+import pickle
 import sys
 import types
 import weakref
@@ -10,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from tiny import MODELS, Operators, batch, step, tiny, twin
+from tiny import CALLS, MODELS, Operators, assert_same_gradients, batch, step, text_model, tiny, twin
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -21,17 +23,24 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
+from liger_ops import transformers as lt
 from liger_ops.transformers import PatchReport, apply_liger_kernel_to_llama, patch, patched
 from liger_ops.transformers.families import FAMILIES, family_of
+from liger_ops.transformers.forwards.blocks import PatchableLayerNorm
+from liger_ops.transformers.parts import LayerNorm
 from liger_ops.transformers.sites import FLAG
-
-CLASSES = ("LlamaRMSNorm", "LlamaMLP", "LlamaForCausalLM")
 
 
 def stock_state():
-    """Everything of the modeling module that a patch may touch."""
-    state = {name: dict(vars(getattr(modeling_llama, name))) for name in CLASSES}
-    state["module"] = {name: value for name, value in vars(modeling_llama).items() if callable(value)}
+    """Everything that a patch may touch, and what none may."""
+    state = {"LayerNorm": dict(vars(nn.LayerNorm)), "ours": dict(vars(PatchableLayerNorm))}
+    for family in FAMILIES:
+        modeling = importlib.import_module(family.modeling)
+        state[family.name] = {name: value for name, value in vars(modeling).items() if callable(value)}
+        for part in family.parts:
+            owner = getattr(modeling, part.target, None)
+            if isinstance(owner, type):
+                state[f"{family.name}.{part.target}"] = dict(vars(owner))
     return state
 
 
@@ -42,15 +51,23 @@ def assert_identical(state, expected):
             assert state[owner][name] is value, f"{owner}.{name}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def classes_are_set_up():
+    """The first model built sets attributes on its class that transformers caches there."""
+    for family in MODELS:
+        tiny(family)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Each test here has to undo what it patched, whatever else happened in it."""
-    # The first model built sets attributes on its class that transformers caches there.
-    tiny()
     gc.collect()
     before = stock_state()
     yield
     assert_identical(stock_state(), before)
+
+
+every_family = pytest.mark.parametrize("family", MODELS)
 
 
 @pytest.fixture
@@ -58,10 +75,14 @@ def model():
     return tiny()
 
 
-def liger_calls(model, **arguments):
+def liger_calls(model, family="llama", **arguments):
     with Operators() as operators, torch.no_grad():
-        model(**batch(), **arguments)
+        model(**batch(family=family), **arguments)
     return operators.calls
+
+
+def expected_calls(family):
+    return {name: calls for name, calls in CALLS[family].items() if calls} | {"fused_linear_cross_entropy": 1}
 
 
 def test_records_name_what_transformers_has():
@@ -69,32 +90,38 @@ def test_records_name_what_transformers_has():
     for family in FAMILIES:
         modeling = pytest.importorskip(family.modeling)
         for part in family.parts:
-            assert callable(getattr(modeling, part.target)), part
+            # That class is torch's, and only some modules have a name of their own for it.
+            assert isinstance(part, LayerNorm) or callable(getattr(modeling, part.target)), part
+            assert set(part.model_types) <= set(family.model_types)
         for model_type in family.model_types:
             assert family_of(model_type) is family
 
 
-@pytest.mark.parametrize("family", MODELS)
+@every_family
 def test_every_part_of_a_family_applies(family):
-    report = patch(tiny(family), strict=True)
+    model = tiny(family)
+    report = patch(model, strict=True)
     assert not report.skipped
-    assert {row.option for row in report.patched} == {part.option for part in family_of(family).parts} - {
-        "cross_entropy"
-    }
+    apt = {part.option for part in family_of(report.model_type).parts if part.fits(model, report.model_type)}
+    assert {row.option for row in report.patched} == apt - {"cross_entropy"}
     report.undo()
 
 
-def test_undo_restores_the_same_functions(model):
+@every_family
+def test_undo_restores_the_same_functions(family):
+    model = tiny(family)
+    assert not liger_calls(model, family)
     before = stock_state()
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    types_before = [type(module) for module in model.modules()]
     report = patch(model)
-    assert vars(modeling_llama.LlamaMLP)["forward"] is not before["LlamaMLP"]["forward"]
-    step(model, **batch())
+    assert liger_calls(model, family) == expected_calls(family)
     report.undo()
     assert_identical(stock_state(), before)
+    assert [type(module) for module in model.modules()] == types_before
     for name, module in model.named_modules():
         assert vars(module).keys() == attributes[name].keys()
-    assert not liger_calls(model)
+    assert not liger_calls(model, family)
     report.undo()
     assert_identical(stock_state(), before)
 
@@ -116,19 +143,21 @@ def test_context_manager(model):
     assert not liger_calls(model)
 
 
-def test_patch_twice(model):
+@every_family
+def test_patch_twice(family):
+    model = tiny(family)
     first = patch(model)
-    forward = vars(modeling_llama.LlamaMLP)["forward"]
+    patched_state = stock_state()
     second = patch(model)
-    assert vars(modeling_llama.LlamaMLP)["forward"] is forward
+    assert_identical(stock_state(), patched_state)
     assert [row.count for row in first.patched] == [row.count for row in second.patched]
     assert all(row.already for row in second.patched)
     assert not any(row.already for row in first.patched)
     assert "patched before" in str(second)
     second.undo()
-    assert liger_calls(model)["rms_norm"] == 5
+    assert liger_calls(model, family) == expected_calls(family)
     first.undo()
-    assert not liger_calls(model)
+    assert not liger_calls(model, family)
 
 
 def test_second_patch_adds_what_the_first_left_out(model):
@@ -152,14 +181,21 @@ def test_undo_in_any_order(first):
     assert not liger_calls(models[1 - first])
 
 
-def test_other_models_are_untouched(model):
+@every_family
+def test_other_models_are_untouched(family):
+    model = tiny(family)
     other = twin(model)
-    loss, gradients = step(other, **batch())
+    loss, gradients = step(other, **batch(family=family))
     report = patch(model, rope=False)
-    assert not liger_calls(other)
-    same_loss, same_gradients = step(other, **batch())
+    assert not liger_calls(other, family)
+    same_loss, same_gradients = step(other, **batch(family=family))
     assert torch.equal(loss, same_loss)
     assert all(torch.equal(gradient, same_gradients[name]) for name, gradient in gradients.items())
+    report.undo()
+    report = patch(model)
+    # The rotary functions are globals of the modeling module.
+    assert set(liger_calls(other, family)) == {"rope"}
+    torch.testing.assert_close(step(other, **batch(family=family))[0], loss, rtol=1e-6, atol=0)
     report.undo()
 
 
@@ -197,23 +233,36 @@ def test_nothing_process_wide_is_touched(model):
         report.undo()
 
 
-def test_exception_half_way_restores_everything(model, monkeypatch):
+@every_family
+def test_exception_half_way_restores_everything(family, monkeypatch):
+    """Whichever of the changes fails."""
     from liger_ops.transformers import parts
 
+    acquire = parts._acquire
+    model = tiny(family)
     before = stock_state()
-    attach = parts._attach
+    types_before = [type(module) for module in model.modules()]
+    changes = 0
 
-    def failing(place, modules):
-        if place.owner is modeling_llama.LlamaRMSNorm:
+    def failing(place, users):
+        nonlocal changes
+        if changes == 0:
             raise RuntimeError("half-way")
-        return attach(place, modules)
+        changes -= 1
+        return acquire(place, users)
 
-    monkeypatch.setattr(parts, "_attach", failing)
-    with pytest.raises(RuntimeError, match="half-way"):
-        patch(model)
-    assert_identical(stock_state(), before)
-    assert not any(FLAG in vars(module) for module in model.modules())
-    assert not liger_calls(model)
+    report = patch(model)
+    count = len(report._reverts)
+    report.undo()
+    monkeypatch.setattr(parts, "_acquire", failing)
+    for last in range(count):
+        changes = last
+        with pytest.raises(RuntimeError, match="half-way"):
+            patch(model)
+        assert_identical(stock_state(), before)
+        assert [type(module) for module in model.modules()] == types_before
+        assert not any(FLAG in vars(module) for module in model.modules())
+    assert not liger_calls(model, family)
 
 
 def test_report_does_not_keep_the_model_alive():
@@ -238,6 +287,10 @@ def test_copy_is_adopted_by_its_own_patch(model):
 
 def test_report_as_table_and_dict(model):
     report = patch(model)
+    assert report.summary() == (
+        "liger_ops on LlamaForCausalLM (model type llama): rope (apply_rotary_pos_emb x2), "
+        "fused_linear_cross_entropy (LlamaForCausalLM x1), rms_norm (LlamaRMSNorm x5), swiglu (LlamaMLP x2)"
+    )
     lines = str(report).splitlines()
     assert lines[0] == "liger_ops on LlamaForCausalLM (model type llama)"
     assert ["rms_norm", "LlamaRMSNorm", "5", "liger::rms_norm"] in [line.split() for line in lines]
@@ -301,10 +354,10 @@ def test_the_other_loss_after_the_first(model):
 def test_unknown_model_type():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32))
     with pytest.warns(UserWarning, match="model type 'gpt2' is not supported; supported are .*llama"):
-        report = patch(model)
+        report = patch(model, recognize=False)
     assert not report.patched and report.skipped
     with pytest.raises(ValueError, match="gpt2"):
-        patch(model, strict=True)
+        patch(model, strict=True, recognize=False)
     with pytest.warns(UserWarning, match="no config.model_type"):
         patch(nn.Linear(2, 2))
     with pytest.warns(UserWarning, match="model type 'nonesuch'"):
@@ -333,19 +386,26 @@ def test_parameters_where_no_operator_runs(model, monkeypatch):
 
 
 def test_activation_decides_not_the_configuration():
-    model = tiny(hidden_act="gelu")
+    model = tiny(hidden_act="relu")
     report = patch(model)
     assert [(row.option, row.target, row.count, row.reason) for row in report.skipped] == [
-        ("swiglu", "LlamaMLP", 2, "the activation is GELUActivation, not SiLU")
+        ("swiglu", "LlamaMLP", 2, "the activation is ReLU, not SiLU or GELU")
     ]
     assert "swiglu" not in liger_calls(model)
-    assert "skipped: the activation is GELUActivation" in str(report)
+    assert "skipped: the activation is ReLU" in str(report)
+    report.undo()
+
+    model = tiny(hidden_act="gelu")
+    model.config.hidden_act = "silu"
+    report = patch(model, strict=True)
+    assert [row.operator for row in report.patched if row.option == "swiglu"] == ["liger::geglu"]
+    assert liger_calls(model)["geglu"] == 2
     report.undo()
 
     model = tiny()
     model.model.layers[0].mlp.act_fn = nn.ReLU()
     stock = twin(model)
-    with pytest.raises(ValueError, match="swiglu on LlamaMLP: the activation is ReLU, not SiLU"):
+    with pytest.raises(ValueError, match="swiglu on LlamaMLP: the activation is ReLU, not SiLU or GELU"):
         patch(model, strict=True)
     assert not liger_calls(model)
     report = patch(model)
@@ -531,28 +591,124 @@ def test_prepared_by_accelerate(model):
     report.undo()
 
 
-def test_class_wide():
-    early = tiny()
+@every_family
+def test_class_wide(family):
+    model_type = tiny(family).config.model_type
+    apply = lt.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+    early = tiny(family)
     before = stock_state()
-    report = apply_liger_kernel_to_llama()
-    late = tiny()
+    report = apply()
+    late = tiny(family)
+    expected = expected_calls(family)
+    # torch's own class: for models yet to be built, where their module has a name of its own for it.
+    reached = {"mllama": (), "qwen2_vl": (late,)}.get(family, (early, late))
+    without = {name: calls for name, calls in expected.items() if name != "layer_norm"}
     for model in (early, late):
-        assert set(liger_calls(model)) == {"rms_norm", "rope", "swiglu", "fused_linear_cross_entropy"}
+        assert liger_calls(model, family) == (expected if model in reached else without)
         assert not any(FLAG in vars(module) for module in model.modules())
+    skipped = [(row.option, row.target) for row in report.skipped]
+    assert skipped == ([("layer_norm", "LayerNorm")] if family.startswith("mllama") else [])
     assert report.model is None and all(row.count is None for row in report.patched)
     assert "every model" in str(report)
-    again = apply_liger_kernel_to_llama()
+    again = apply()
     assert all(row.already for row in again.patched)
     again.undo()
-    assert liger_calls(late)
+    assert liger_calls(late, family)
     report.undo()
-    assert not liger_calls(early)
+    assert not liger_calls(early, family)
+    assert not liger_calls(late, family)
     assert_identical(stock_state(), before)
+
+
+def test_class_wide_layer_norm_spares_other_models():
+    report = lt.apply_liger_kernel_to_qwen2_vl()
+    other = nn.LayerNorm(4)
+    assert type(other) is nn.LayerNorm
+    norm = tiny("qwen2_vl").model.visual.blocks[0].norm1
+    assert isinstance(norm, nn.LayerNorm) and repr(norm).startswith("LayerNorm(")
+    one = patch(tiny("qwen2_vl"))
+    one.undo()
+    report.undo()
+    assert type(norm).forward is nn.LayerNorm.forward
+
+
+def test_layer_norms_of_copies(family="qwen2_vl"):
+    model = tiny(family)
+    report = patch(model)
+    for copied in (twin(model), pickle.loads(pickle.dumps(model))):
+        assert liger_calls(copied, family)["layer_norm"] == CALLS[family]["layer_norm"]
+        assert copied.load_state_dict(model.state_dict()).missing_keys == []
+    report.undo()
+    assert not liger_calls(copied, family)
+    other = nn.LayerNorm((2, 3))
+    other.forward = types.MethodType(lambda self, x: x, other)
+    model.model.visual.merger.ln_q = other
+    report = patch(model)
+    assert [(row.option, row.count) for row in report.skipped] == [("layer_norm", 1)]
+    report.undo()
+
+
+SIGNATURES = {
+    "rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model": (
+        "llama mistral mixtral qwen2 phi3"
+    ),
+    "rope, cross_entropy, fused_linear_cross_entropy, rms_norm, geglu, model": "gemma gemma2",
+    "rope, cross_entropy, fused_linear_cross_entropy, layer_norm, rms_norm, swiglu, model": "mllama",
+    "rope, cross_entropy, fused_linear_cross_entropy, rms_norm, layer_norm, swiglu, model": "qwen2_vl",
+}
+
+
+def test_signatures_are_ligers():
+    wanted = {name: names for names, families in SIGNATURES.items() for name in families.split()}
+    assert wanted.keys() == {family.name for family in FAMILIES}
+    for family in FAMILIES:
+        parameters = inspect.signature(getattr(lt, f"apply_liger_kernel_to_{family.name}")).parameters
+        assert ", ".join(parameters) == wanted[family.name]
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        assert defaults == family.defaults | {"model": None}
+
+
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "mllama"])
+def test_a_part_of_the_family_without_images(family):
+    """The text part of a model that sees has no vision tower, and says so only when asked about it."""
+    backbone = text_model(tiny(family))
+    report = patch(backbone)
+    assert {row.reason for row in report.skipped} <= {"the model has no such module"}
+    assert {row.option for row in report.patched} == set(family_of(report.model_type).defaults) - {
+        "cross_entropy",
+        "fused_linear_cross_entropy",
+        "layer_norm",
+    }
+    report.undo()
+    if family == "qwen2_vl":
+        report = lt.apply_liger_kernel_to_qwen2_vl(model=backbone)
+        assert ("layer_norm", "a qwen2_vl_text model has nothing of the kind") in [
+            (row.option, row.reason) for row in report.skipped
+        ]
+        report.undo()
+
+
+@every_family
+def test_after_peft(family):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    if family == "mixtral":
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny(family), config)
+    stock = twin(model)
+    loss, gradients = step(stock, **batch(family=family))
+    report = patch(model, strict=True)
+    assert liger_calls(model, family) == expected_calls(family)
+    patched_loss, patched_gradients = step(model, **batch(family=family))
+    torch.testing.assert_close(patched_loss, loss, rtol=1e-5, atol=0)
+    assert_same_gradients(patched_gradients, gradients)
+    report.undo()
 
 
 def test_class_wide_keeps_other_activations():
     report = apply_liger_kernel_to_llama()
-    model = tiny(hidden_act="gelu")
+    model = tiny(hidden_act="relu")
     assert "swiglu" not in liger_calls(model)
     report.undo()
 
@@ -604,8 +760,6 @@ def test_import_does_not_import_transformers():
 
 
 def test_liger_entry_points(model):
-    from liger_ops import transformers as lt
-
     report = lt._apply_liger_kernel_to_instance(model=model, rope=False)
     assert {row.option for row in report.patched} == {"fused_linear_cross_entropy", "rms_norm", "swiglu"}
     report.undo()

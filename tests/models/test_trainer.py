@@ -14,7 +14,14 @@ import pytest
 import torch
 import transformers
 from tiny import TEXT, Operators, tiny, twin
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.integrations import liger
 
 from liger_ops.transformers import install, uninstall
@@ -283,10 +290,22 @@ def test_skipped_parts_are_logged(installed, arguments, device, caplog):
         run(tiny(device=device), arguments(use_liger=True))
         assert [record.levelname for record in caplog.records if "liger_ops on" in record.message] == ["INFO"]
         caplog.clear()
-        run(tiny(device=device, hidden_act="gelu"), arguments(use_liger=True))
+        run(tiny(device=device, hidden_act="relu"), arguments(use_liger=True))
     (record,) = (record for record in caplog.records if "liger_ops on" in record.message)
     assert record.levelname == "WARNING"
-    assert "the activation is GELUActivation, not SiLU" in record.message
+    assert "the activation is ReLU, not SiLU or GELU" in record.message
+    assert "\n" not in record.message
+
+
+def test_models_without_a_record(installed, arguments, device):
+    """Nothing is recognised behind the user's back, and everything when asked for."""
+    config = Qwen3Config(**TEXT, head_dim=8)
+    with pytest.warns(UserWarning, match="model type 'qwen3' is not supported"):
+        _, calls, losses = run(Qwen3ForCausalLM(config), arguments(use_liger=True))
+    assert not calls
+    asked = arguments(use_liger=True, liger_kernel_config=dict(recognize=True))
+    _, calls, losses = run(Qwen3ForCausalLM(config), asked)
+    assert set(calls) >= {"rms_norm", "rope", "swiglu", "cross_entropy"}
 
 
 def test_torch_compile(installed, arguments, device):

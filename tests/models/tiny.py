@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from liger_ops.transformers import patch
+from liger_ops.transformers import patch, sites
 
 BATCH, LENGTH = 2, 12
 
@@ -77,7 +77,7 @@ QWEN2_VL_VISION = dict(
     temporal_patch_size=2,
     in_channels=3,
 )
-QWEN2_VL_IMAGE, QWEN2_VL_START, QWEN2_VL_END = 120, 122, 123
+QWEN2_VL_IMAGE, QWEN2_VL_VIDEO, QWEN2_VL_START, QWEN2_VL_END = 120, 121, 122, 123
 
 
 def mllama(**changes: Any) -> PreTrainedModel:
@@ -94,7 +94,7 @@ def qwen2_vl(**changes: Any) -> PreTrainedModel:
             text_config=text,
             vision_config=QWEN2_VL_VISION,
             image_token_id=QWEN2_VL_IMAGE,
-            video_token_id=121,
+            video_token_id=QWEN2_VL_VIDEO,
             vision_start_token_id=QWEN2_VL_START,
             vision_end_token_id=QWEN2_VL_END,
             tie_word_embeddings=changes.get("tie_word_embeddings", False),
@@ -102,7 +102,9 @@ def qwen2_vl(**changes: Any) -> PreTrainedModel:
     )
 
 
-GEMMA2 = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, attn_implementation="eager")
+# Scores and logits this small only bend when the caps are small as well.
+CAPS = dict(final_logit_softcapping=0.3, attn_logit_softcapping=0.5)
+GEMMA2 = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, attn_implementation="eager") | CAPS
 MIXTRAL = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, sliding_window=None)
 PHI3 = dict(rope_parameters=ROPE | {"partial_rotary_factor": 0.5})
 
@@ -155,8 +157,11 @@ def tiny(
     for name, parameter in model.named_parameters():
         # Norm weights are ones and biases zeros in a new model, which would hide that one is left out. Gates
         # of zero hide whole layers.
-        if "norm" in name or "ln_q" in name or name.endswith("bias") or "gate" in name.split(".")[-1]:
+        if "norm" in name or "ln_q" in name or name.endswith("bias") or name.endswith("gate"):
             parameter.data.add_(0.3 * torch.randn_like(parameter))
+        # Near zero all activations are alike.
+        if "gate_proj" in name or "gate_up_proj" in name:
+            parameter.data.mul_(20)
     return model.to(device=device, dtype=dtype)
 
 
@@ -242,6 +247,13 @@ def pair(family, device, **changes):
     model = twin(stock)
     patch(model, strict=True)
     return model, stock
+
+
+def forget_patches() -> None:
+    """Stock classes again: a model that is gone is not undone by that."""
+    for site in list(sites._sites.values()):
+        site.users.clear()
+        site.release(None)
 
 
 def assert_same_gradients(

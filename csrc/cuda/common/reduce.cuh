@@ -1,6 +1,6 @@
 #pragma once
 
-// Block-wide reductions in a fixed order (CUB), with the result in every thread.
+// Reductions in a fixed order, with the result in every thread.
 
 #include <cub/block/block_reduce.cuh>
 
@@ -29,12 +29,59 @@ struct BlockSum {
   }
 };
 
-// Sum over the lanes of a warp, in every lane.
-template <typename A>
+// N numbers that are summed at once.
+template <typename A, int N>
+struct Tuple {
+  A data[N];
+};
+
+// Sum over WIDTH neighbouring lanes of a warp, in each of them.
+template <int WIDTH = 32, typename A>
 __device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = WIDTH / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
+template <int WIDTH = 32, typename A, int N>
+__device__ __forceinline__ Tuple<A, N> warp_sum(Tuple<A, N> value) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) value.data[i] = warp_sum<WIDTH>(value.data[i]);
+  return value;
+}
+
+// Sum over the TPR threads that share a row, in each of them and in a fixed order. RPB rows share a block; a
+// row is a warp, or the whole block. V is a number or a Tuple.
+//
+// One barrier a call: two buffers alternate, so a thread that runs ahead writes where nobody reads any more
+// (whoever reads the sums of the call before last would not have passed the last call's barrier).
+template <typename V, int TPR, int RPB>
+class RowSum {
+  static_assert(TPR == 32 || RPB == 1);
+  static constexpr int kWarps = TPR / 32;
+  static_assert(kWarps <= 32 && (kWarps & (kWarps - 1)) == 0);
+
+ public:
+  struct Storage {
+    V warps[2][kWarps];
+  };
+
+  __device__ __forceinline__ explicit RowSum(Storage& storage) : storage_(storage) {}
+
+  __device__ __forceinline__ V all(V value) {
+    value = warp_sum(value);
+    if constexpr (kWarps > 1) {
+      V* warps = storage_.warps[buffer_];
+      buffer_ ^= 1;
+      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+      __syncthreads();
+      value = warp_sum<kWarps>(warps[threadIdx.x % kWarps]);
+    }
+    return value;
+  }
+
+ private:
+  Storage& storage_;
+  int buffer_ = 0;
+};
 
 }  // namespace liger::cuda

@@ -66,6 +66,18 @@ __device__ __forceinline__ void load_wide(const T* from, Accumulate<T> (&to)[N])
   }
 }
 
+// The N elements of `from` at `col`, or N times `absent` where from is null.
+template <typename T, int N>
+__device__ __forceinline__ void load_wide_or(
+    const T* from, int col, Accumulate<T> absent, Accumulate<T> (&to)[N]) {
+  if (from != nullptr) {
+    load_wide<T, N>(from + col, to);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = absent;
+  }
+}
+
 template <typename T>
 constexpr int kVecSize = 16 / sizeof(T);
 

@@ -1,6 +1,6 @@
 """Writes docs/operators.md from the operators' schemas and the docstrings of `liger_ops.functional`.
 
-    python docs/generate.py
+    python docs/generate_operators.py
 
 `tests/test_docs.py` fails when the page is not what this prints.
 """
@@ -25,7 +25,7 @@ INTRODUCTION = f"""\
 # Operators
 
 Every operator is `torch.ops.liger.<name>` and, with the tensors a model wants and nothing else, a function of
-`liger_ops.functional`. Written by `python docs/generate.py` from the schemas and docstrings.
+`liger_ops.functional`. Written by `python docs/generate_operators.py` from the schemas and docstrings.
 
 What holds for all of them:
 

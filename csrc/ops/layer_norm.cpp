@@ -1,0 +1,149 @@
+#include "ops/layer_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops/checks.h"
+#include "ops/dispatch.h"
+
+namespace liger {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+TensorTriple layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps) {
+  static const auto op = find_operator("liger::layer_norm", layer_norm);
+  return op.call(x, weight, bias, eps);
+}
+
+TensorTriple layer_norm_backward(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& mean, const at::Tensor& rstd,
+    at::ScalarType bias_dtype, bool need_dx, bool need_dweight, bool need_dbias) {
+  static const auto op = find_operator("liger::layer_norm_backward", layer_norm_backward);
+  return op.call(dy, x, weight, mean, rstd, bias_dtype, need_dx, need_dweight, need_dbias);
+}
+
+namespace {
+
+void check_input(const Argument& x) {
+  check_floating(x);
+  check_dim_at_least(x, 1);
+}
+
+void check_affine(const Argument& arg, const Argument& x) {
+  check_same_device(arg, x);
+  check_same_dtype_or_float32(arg, x);
+  check_vector(arg, x.tensor.sym_size(-1), "last dimension of ", x.name);
+}
+
+}  // namespace
+
+void check_layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps) {
+  constexpr auto op = "layer_norm";
+  const Argument x_arg{op, "x", x};
+  check_input(x_arg);
+  if (weight) check_affine({op, "weight", *weight}, x_arg);
+  if (bias) check_affine({op, "bias", *bias}, x_arg);
+  TORCH_CHECK_VALUE(eps >= 0, "liger::", op, ": eps must not be negative, got ", eps);
+}
+
+void check_layer_norm_backward(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& mean, const at::Tensor& rstd,
+    at::ScalarType bias_dtype, bool need_dweight) {
+  constexpr auto op = "layer_norm_backward";
+  const Argument x_arg{op, "x", x};
+  check_input(x_arg);
+  if (weight) check_affine({op, "weight", *weight}, x_arg);
+  const Argument dy_arg{op, "dy", dy};
+  check_same_device(dy_arg, x_arg);
+  check_same_dtype(dy_arg, x_arg);
+  check_same_shape(dy_arg, x_arg);
+  check_row_statistic({op, "mean", mean}, x_arg);
+  check_row_statistic({op, "rstd", rstd}, x_arg);
+  TORCH_CHECK_TYPE(bias_dtype == x.scalar_type() || bias_dtype == accumulate_type(x.scalar_type()),
+      "liger::", op, ": bias_dtype must be ", dtype_name(x.scalar_type()),
+      " (dtype of x) or float32 beside a 16-bit x", ", got ", dtype_name(bias_dtype));
+  TORCH_CHECK_VALUE(
+      weight.has_value() || !need_dweight, "liger::", op, ": need_dweight requires a weight, got none");
+}
+
+LayerNormAffine::LayerNormAffine(
+    const at::Tensor& x, const std::optional<at::Tensor>& weight_, const std::optional<at::Tensor>& bias_)
+    : dtype(x.scalar_type()) {
+  for (const auto* parameter : {&weight_, &bias_}) {
+    if (*parameter && (*parameter)->scalar_type() != x.scalar_type()) dtype = (*parameter)->scalar_type();
+  }
+  if (weight_) weight = weight_->to(dtype).contiguous();
+  if (bias_) bias = bias_->to(dtype).contiguous();
+}
+
+TensorTriple layer_norm_meta(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps) {
+  check_layer_norm(x, weight, bias, eps);
+  const auto leading = x.sym_sizes().slice(0, x.dim() - 1);
+  const auto statistics = x.options().dtype(accumulate_type(x.scalar_type()));
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint(leading, statistics),
+      at::empty_symint(leading, statistics)};
+}
+
+TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const at::Tensor& mean, const at::Tensor& rstd,
+    at::ScalarType bias_dtype, bool need_dx, bool need_dweight, bool need_dbias) {
+  check_layer_norm_backward(dy, x, weight, mean, rstd, bias_dtype, need_dweight);
+  const auto nothing = [&] { return at::empty({0}, x.options()); };
+  return {need_dx ? at::empty_symint(x.sym_sizes(), x.options()) : nothing(),
+      need_dweight ? at::empty_symint(weight->sym_sizes(), weight->options()) : nothing(),
+      need_dbias ? at::empty_symint({x.sym_size(-1)}, x.options().dtype(bias_dtype)) : nothing()};
+}
+
+namespace {
+
+class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  // mean and rstd leave through pointers, as in RmsNormFunction.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, at::Tensor* mean_out,
+      at::Tensor* rstd_out, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [y, mean, rstd] = layer_norm(x, weight, bias, eps);
+    ctx->save_for_backward({x, weight.value_or(at::Tensor()), mean, rstd});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : x.scalar_type();
+    ctx->set_materialize_grads(false);
+    *mean_out = mean;
+    *rstd_out = rstd;
+    return {y};
+  }
+
+  // With m = dy * weight:  d x = rstd * (m - mean(m) - n * mean(m * n));  d weight and d bias are the sums
+  // over rows of dy * n and dy.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(6);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
+    const bool need_dx = ctx->needs_input_grad(0);
+    const bool need_dweight = weight && ctx->needs_input_grad(1);
+    const bool need_dbias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 2 : 1);
+    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], saved[0], weight, saved[2], saved[3],
+        ctx->saved_data["bias_dtype"].toScalarType(), need_dx, need_dweight, need_dbias);
+    if (need_dx) result[0] = dx;
+    if (need_dweight) result[4] = dweight;
+    if (need_dbias) result[5] = dbias;
+    return result;
+  }
+};
+
+}  // namespace
+
+TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps) {
+  at::Tensor mean, rstd;
+  auto y = LayerNormFunction::apply(x, eps, &mean, &rstd, weight, bias);
+  return {y[0], mean, rstd};
+}
+
+}  // namespace liger
