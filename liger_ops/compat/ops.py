@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import liger_ops.functional as LF
+from liger_ops.nn.experts import experts
 from liger_ops.transformers import functional
 
 __all__ = [
@@ -209,9 +210,7 @@ class LigerFusedMoEFunction:
     ) -> Tensor:
         """SwiGLU experts: tokens (T, H), stacked weights (E, 2I, H) and (E, H, I), and for each token the
         indices and weights (T, K) of its experts."""
-        from liger_ops.nn.experts import mixture_of_experts
-
-        return mixture_of_experts(x, top_k_index, top_k_weights, gate_up_proj, down_proj)
+        return experts(x, top_k_index, top_k_weights, gate_up_proj, down_proj)
 
 
 def _casting_mode(mode: str | int) -> str:
