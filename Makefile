@@ -16,12 +16,13 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
 
-.PHONY: help venv build test test-gpu lint format demo bench clean
+.PHONY: help venv build test test-gpu test-newest lint format demo bench clean
 
 help:
 	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
 	@echo "make test    set up, build, and run the test suite"
 	@echo "make bench   set up, build, and measure every operator against its peers"
+	@echo "make test-newest  test the Hugging Face layer on the newest transformers and TRL"
 	@echo "make lint    check formatting and style       make format   mend them"
 	@echo "make build   set up and build                 make clean    remove the build"
 
@@ -48,6 +49,19 @@ test: build
 
 test-gpu: build
 	$(BIN)/python -m pytest -m "gpu or slow"
+
+# The tests of the Hugging Face layer on the newest transformers and TRL. Their virtual environment sees the
+# packages of the first one behind its own, so torch is neither downloaded nor built for again.
+NEWEST := $(VENV)-newest
+
+test-newest: build
+	test -x $(NEWEST)/bin/python || $(BIN)/python -m venv $(NEWEST)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > $$($(NEWEST)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/zz-behind.pth
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade transformers trl peft accelerate
+	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(torch|transformers|trl|peft|accelerate) '
+	PYTHONPATH="$(CURDIR)" $(NEWEST)/bin/python -m pytest tests/models tests/test_compat.py tests/test_run.py \
+	  --junit-xml=build/test-newest.xml
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""The example runs from end to end, and the run with `use_liger=True` really executes the operators."""
+"""The examples run from end to end. `finetune.py` with `use_liger=True` really executes the operators."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +94,34 @@ def test_a_local_model_and_text(tmp_path):
     assert results["runs"]["liger"]["liger_operator_calls_per_step"]["rms_norm"] == 3
 
 
-def test_hub_names_without_datasets_say_what_to_do(tmp_path):
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        done = finetune(tmp_path, "--dataset", "no-such-owner/no-such-text")
-        assert done.returncode != 0
-        assert "pip install datasets" in done.stderr
-    else:
-        pytest.skip("datasets is installed here")
+def test_hub_names_without_datasets_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    from _text import load_documents
+
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        load_documents("no-such-owner/no-such-text", "text", 1000)
+
+
+@pytest.mark.parametrize(
+    "packages, script",
+    [
+        (["accelerate"], ["accelerate_loop.py", "--batch", "16"]),
+        (["lightning"], ["lightning_module.py", "--batch", "16", "--accelerator", "cpu"]),
+        (["trl", "datasets"], ["trl_sft.py", "--steps", "5", "--batch", "4", "--cpu"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_small_examples(packages, script, tmp_path):
+    for package in packages:
+        pytest.importorskip(package)
+    command = [sys.executable, str(EXAMPLE.parent / script[0]), *script[1:], "--output", str(tmp_path)]
+    # A GPU would make a difference only where the example has no option for it.
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rms_norm +LlamaRMSNorm +5 +liger::rms_norm", done.stdout)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.vocab_size == 2000

@@ -104,6 +104,20 @@ def test_qwen2vl_mrope(device):
         torch.testing.assert_close(actual.transpose(1, 2), wanted)
 
 
+def test_partial_rope_by_rotary_dim(device):
+    q, k = (torch.randn(2, heads, 5, 8).to(device) for heads in (4, 2))
+    angles = torch.randn(1, 5, 4).to(device)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    narrow = [torch.cat((f(angles[..., :2]), f(angles[..., :2])), -1) for f in (torch.cos, torch.sin)]
+    for actual, x in zip(lf.liger_rope(q, k, cos, sin, rotary_dim=4), (q, k), strict=True):
+        torch.testing.assert_close(actual[..., :4], rotated(x[..., :4], *narrow))
+        torch.testing.assert_close(actual[..., 4:], x[..., 4:], rtol=0, atol=0)
+    torch.testing.assert_close(lf.liger_rope(q, k, cos, sin, rotary_dim=8), lf.liger_rope(q, k, cos, sin))
+    for bad in (3, 10, 0):
+        with pytest.raises(ValueError, match="rotary_dim must be even and at most 8"):
+            lf.liger_rope(q, k, cos, sin, rotary_dim=bad)
+
+
 @pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
 def test_cross_entropy(x, head, target):
     logits = x @ head.T

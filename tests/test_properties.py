@@ -22,10 +22,11 @@ from tests.reference import (
     add_rms_norm,
     cross_entropy,
     fused_linear_cross_entropy,
-    glu,
+    geglu,
     layer_norm,
     rms_norm,
     rope,
+    swiglu,
 )
 from tests.tolerances import assert_within
 
@@ -306,10 +307,10 @@ OPERATORS = {
     ),
     "rope": Operator(LF.rope, rope.rope, rope_calls(), (0, 1)),
     "mrope": Operator(LF.mrope, rope.mrope, mrope_calls(), (0, 1)),
-    "swiglu": Operator(LF.swiglu, glu.swiglu, glu_calls(), (0, 1)),
-    "geglu": Operator(LF.geglu, glu.geglu, geglu_calls(), (0, 1)),
-    "swiglu_packed": Operator(LF.swiglu_packed, glu.swiglu_packed, packed(glu_calls()), (0,)),
-    "geglu_packed": Operator(LF.geglu_packed, glu.geglu_packed, packed(geglu_calls()), (0,)),
+    "swiglu": Operator(LF.swiglu, swiglu.swiglu, glu_calls(), (0, 1)),
+    "geglu": Operator(LF.geglu, geglu.geglu, geglu_calls(), (0, 1)),
+    "swiglu_packed": Operator(LF.swiglu_packed, swiglu.swiglu_packed, packed(glu_calls()), (0,)),
+    "geglu_packed": Operator(LF.geglu_packed, geglu.geglu_packed, packed(geglu_calls()), (0,)),
     "cross_entropy": Operator(
         LF.cross_entropy, cross_entropy.cross_entropy, cross_entropy_calls(), (0,), cross_entropy_term_sizes
     ),

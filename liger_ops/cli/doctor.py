@@ -58,7 +58,8 @@ class Case:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this command alone."""
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.add_argument(
         "--accuracy",
         action="store_true",

@@ -28,6 +28,10 @@ KEYS = {
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+
+
 def run(options: argparse.Namespace) -> int:
     """Print what ``collect`` finds."""
     found = collect()

@@ -12,11 +12,11 @@ from liger_ops.nn.swiglu import LigerBlockSparseTop2MLP, LigerPhi3SwiGLUMLP, Lig
 __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
-    "LigerFusedAddRMSNorm",
     "LigerExperts",
+    "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
-    "LigerLayerNorm",
     "LigerGEGLUMLP",
+    "LigerLayerNorm",
     "LigerPhi3SwiGLUMLP",
     "LigerRMSNorm",
     "LigerRMSNormForGemma",

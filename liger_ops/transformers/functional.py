@@ -15,10 +15,10 @@ __all__ = [
     "liger_cross_entropy",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
+    "liger_geglu",
     "liger_layer_norm",
     "liger_multimodal_rotary_pos_emb",
     "liger_qwen2vl_mrope",
-    "liger_geglu",
     "liger_rms_norm",
     "liger_rope",
     "liger_rotary_pos_emb",
@@ -66,13 +66,21 @@ def liger_rope(
     sin: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     unsqueeze_dim: int = 1,
+    rotary_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding of q (B, Hq, S, D) and k (B, Hk, S, D).
 
     cos and sin are (1 or B, S, R) or (S, R) with R ≤ D and belong to the given rows already, so
-    ``position_ids`` is not used. With ``unsqueeze_dim=2`` q and k are (B, S, H, D). ValueError for another
-    ``unsqueeze_dim``.
+    ``position_ids`` is not used. With ``unsqueeze_dim=2`` q and k are (B, S, H, D). ``rotary_dim`` rotates
+    fewer columns than R, by the angles in the first ``rotary_dim / 2`` columns of cos and sin. ValueError for
+    another ``unsqueeze_dim``, and for a ``rotary_dim`` that is odd or larger than R.
     """
+    if rotary_dim is not None and rotary_dim != cos.shape[-1]:
+        if rotary_dim % 2 or not 0 < rotary_dim < cos.shape[-1]:
+            raise ValueError(
+                f"rotary_dim must be even and at most {cos.shape[-1]} (the width of cos), got {rotary_dim}"
+            )
+        cos, sin = (torch.cat((t[..., : rotary_dim // 2],) * 2, dim=-1) for t in (cos, sin))
     return _heads_at(unsqueeze_dim, LF.rope, q, k, cos, sin)
 
 

@@ -99,18 +99,78 @@ def test_training(installed, arguments, device, flag, accumulation):
         assert (p - q).norm() <= 2e-2 * (q - start).norm(), name
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(bf16=True), dict(gradient_checkpointing=True), dict(average_tokens_across_devices=False)],
-    ids=lambda options: next(iter(options)),
-)
-def test_training_options(installed, arguments, device, options):
+OPTIONS = {
+    "bf16": dict(bf16=True),
+    "fp16": dict(fp16=True),
+    "checkpointing": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)
+    ),
+    "reentrant_checkpointing": dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)
+    ),
+    "accumulated_checkpointing": dict(gradient_checkpointing=True, gradient_accumulation_steps=2, bf16=True),
+    "own_tokens_only": dict(average_tokens_across_devices=False),
+    "clipping_and_adafactor": dict(max_grad_norm=0.1, optim="adafactor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_options(installed, arguments, device, name):
+    options = OPTIONS[name]
+    if "fp16" in options and device == "cpu":
+        pytest.skip("float16 with loss scaling is for CUDA")
     model = tiny(device=device)
     stock = twin(model)
-    _, calls, losses = run(model, arguments(use_liger=True, **options))
+    trainer, calls, losses = run(model, arguments(use_liger=True, **options))
     assert set(calls) >= ALL
+    if "gradient_checkpointing" in options:
+        # Each layer once more in backward; the norm behind the layers and the head are not recomputed.
+        batches = 3 * options.get("gradient_accumulation_steps", 1)
+        assert calls["rms_norm"] == 9 * batches and calls["fused_linear_cross_entropy"] == batches
     _, _, stock_losses = run(stock, arguments(**options))
-    assert losses == pytest.approx(stock_losses, rel=1e-2 if "bf16" in options else 1e-4)
+    assert losses == pytest.approx(stock_losses, rel=1e-2 if {"bf16", "fp16"} & set(options) else 1e-4)
+
+
+def test_accumulation_is_one_mean_over_all_tokens(installed, arguments, device):
+    """Rows differ in their number of labels: a mean of the batches' means would be another loss."""
+    histories = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        options = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        _, _, losses = run(tiny(device=device), arguments(use_liger=True, **options))
+        histories.append(losses)
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+    assert histories[2] == pytest.approx(histories[0], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_data_parallel(installed, arguments):
+    """The Trainer's ``nn.DataParallel`` of a process that sees several GPUs."""
+    model = tiny(device="cuda")
+    stock = twin(model)
+    options = dict(use_cpu=False)
+    trainer, _, losses = run(model, arguments(use_liger=True, **options))
+    assert trainer.args.n_gpu >= 2
+    _, _, stock_losses = run(stock, arguments(**options))
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
+def test_replica_with_the_trainers_arguments(installed, arguments, device):
+    """What ``nn.DataParallel`` does with a model and its arguments, without the devices."""
+    model = tiny(device=device)
+    stock = twin(model)
+    run(model, arguments(use_liger=True, max_steps=1))
+    stock.load_state_dict(model.state_dict())
+    inputs = {key: torch.stack([row[key] for row in dataset(2)]).to(device) for key in dataset(1)[0]}
+    # The Trainer's number of items, expanded to one row for each device and scattered.
+    number = torch.tensor(17, device=device).expand(2, 1)[:1]
+    replica = model._replicate_for_data_parallel()
+    with Operators() as operators:
+        loss = replica.train()(**inputs, num_items_in_batch=number).loss
+    assert operators.calls["fused_linear_cross_entropy"] == 1
+    expected = stock.train()(**inputs, num_items_in_batch=number[0, 0]).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_label_smoothing(installed, arguments, device):
@@ -140,6 +200,40 @@ def test_evaluate_and_predict(installed, arguments, device):
     np.testing.assert_allclose(prediction.predictions, expected.predictions, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("prediction_loss_only", [True, False])
+def test_prediction_loss_only(installed, arguments, device, prediction_loss_only):
+    options = dict(prediction_loss_only=prediction_loss_only)
+    trainer, _, _ = run(tiny(device=device), arguments(use_liger=True, **options), eval_dataset=dataset(6))
+    with Operators() as operators:
+        loss = trainer.evaluate()["eval_loss"]
+    # Without metrics nobody reads the logits, whatever the argument says.
+    assert operators.calls["fused_linear_cross_entropy"] and not operators.calls["cross_entropy"]
+    with Operators() as operators:
+        prediction = trainer.predict(dataset(6))
+    if prediction_loss_only:
+        assert operators.calls["fused_linear_cross_entropy"] and prediction.predictions is None
+    else:
+        assert operators.calls["cross_entropy"] and prediction.predictions.shape[-1] == TEXT["vocab_size"]
+    assert prediction.metrics["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_evaluate_before_training(installed, arguments, device):
+    """The Trainer patches in ``train()``: until then the model is the stock one."""
+    model = tiny(device=device)
+    stock = twin(model)
+    trainer = Trainer(
+        model, arguments(use_liger=True, eval_on_start=True), train_dataset=dataset(), eval_dataset=dataset(6)
+    )
+    with Operators() as operators:
+        before = trainer.evaluate()["eval_loss"]
+    assert not operators.calls
+    reference = Trainer(stock, arguments(), train_dataset=dataset(), eval_dataset=dataset(6))
+    assert before == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-6)
+    trainer.train()
+    reference.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=1e-4)
+
+
 def test_compute_metrics_gets_logits(installed, arguments, device):
     shapes = []
 
@@ -159,9 +253,14 @@ def test_compute_metrics_gets_logits(installed, arguments, device):
 
 def test_training_twice(installed, arguments, device):
     model = tiny(device=device)
+    stock = twin(model)
     trainer, _, _ = run(model, arguments(use_liger=True, bf16=True))
     with Operators() as operators:
         trainer.train()
+    reference, _, _ = run(stock, arguments(bf16=True))
+    reference.train()
+    histories = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in (trainer, reference))
+    assert next(histories) == pytest.approx(next(histories), rel=1e-2)
     assert operators.calls["fused_linear_cross_entropy"] == 3
     first, second = reports()
     assert not any(row.already for row in first.patched)
@@ -217,6 +316,82 @@ def test_torch_compile(installed, arguments, device):
     _, _, losses = run(model, arguments(**options))
     _, _, stock_losses = run(stock, arguments())
     assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torch_compile_by_inductor(installed, arguments, device):
+    torch.compiler.reset()
+    model = tiny(device=device)
+    stock = twin(model)
+    _, _, losses = run(model, arguments(use_liger=True, torch_compile=True))
+    _, _, stock_losses = run(stock, arguments())
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
+def saving(folder, **changes):
+    return dict(output_dir=str(folder), save_strategy="steps", save_steps=2, max_steps=4, **changes)
+
+
+def test_resume_from_checkpoint(installed, arguments, device, tmp_path):
+    _, _, straight = run(tiny(device=device), arguments(use_liger=True, **saving(tmp_path / "one")))
+    # Another model: everything comes from the checkpoint.
+    other = tiny(device=device)
+    other.lm_head.weight.data.zero_()
+    trainer = Trainer(other, arguments(use_liger=True, **saving(tmp_path / "two")), train_dataset=dataset())
+    with Operators() as operators:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    assert operators.calls["fused_linear_cross_entropy"] == 2
+    resumed = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert resumed == pytest.approx(straight, rel=1e-5)
+
+
+def test_checkpoints_switch_between_stock_and_liger(installed, arguments, device, tmp_path):
+    _, _, expected = run(tiny(device=device), arguments(**saving(tmp_path / "stock")))
+    for start, end in ((False, True), (True, False)):
+        folder = tmp_path / f"{start}"
+        run(tiny(device=device), arguments(use_liger=start, **saving(folder)))
+        uninstall()
+        install()
+        trainer = Trainer(
+            tiny(device=device), arguments(use_liger=end, **saving(folder)), train_dataset=dataset()
+        )
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses == pytest.approx(expected, rel=1e-4)
+
+
+LOAD = """
+import sys
+sys.modules["liger_ops"] = None
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = torch.arange(3, 15).view(1, 12)
+print(model(input_ids=ids, labels=ids).loss.item())
+arguments = torch.load(folder + "/training_args.bin", weights_only=False)
+assert type(arguments) is TrainingArguments and arguments.use_liger_kernel
+torch.load(folder + "/optimizer.pt"), torch.load(folder + "/scheduler.pt")
+"""
+
+
+def test_checkpoints_load_without_liger_ops(installed, arguments, device, tmp_path):
+    model = tiny(device=device)
+    stock = twin(model)
+    run(model, arguments(use_liger=True, **saving(tmp_path)))
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert not any("_liger" in key for key in model.config.to_dict())
+    stock.load_state_dict(model.state_dict(), strict=True)
+    ids = torch.arange(3, 15, device=device).view(1, 12)
+    expected = stock.eval()(input_ids=ids, labels=ids).loss.item()
+    checkpoint = tmp_path / "checkpoint-4"
+    for file in checkpoint.iterdir():
+        if file.suffix in (".json", ".bin", ".pt"):
+            assert b"liger_ops" not in file.read_bytes(), file.name
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(checkpoint)], capture_output=True, text=True, check=True
+    )
+    assert float(loaded.stdout) == pytest.approx(expected, rel=1e-5)
 
 
 def test_peft(installed, arguments, device):
