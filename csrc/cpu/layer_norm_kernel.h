@@ -18,29 +18,35 @@ void layer_norm_forward_typed(const LayerNormForward& args) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x + row * args.x_stride;
       T* y_row = y + row * args.cols;
-      auto total = P::fill(0);
-      for_each_pack<T>(args.cols, [&](int64_t i, auto count) { total = total + P::load(x_row + i, count); });
-      const A center = total.sum() / size;
+      RunningSum<T> total;
+      for_each_pack<T>(args.cols, [&](int64_t i, auto count) { total.add(P::load(x_row + i, count)); });
+      const A center = total.total() / size;
       const auto centers = P::fill(center);
-      auto differences = P::fill(0);
-      auto squares = P::fill(0);
+      RunningSum<T> differences, squares;
       for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
         const auto difference = (P::load(x_row + i, count) - centers).first(count);
-        differences = differences + difference;
-        squares = multiply_add(difference, difference, squares);
+        differences.add(difference);
+        squares.add_product(difference, difference);
       });
-      const A correction = differences.sum() / size;
-      const A variance = squares.sum() / size - correction * correction;
+      const A correction = differences.total() / size;
+      // In float64, since an error here is one of the whole row.
+      const double variance = static_cast<double>(squares.total()) / static_cast<double>(args.cols) -
+          static_cast<double>(correction) * correction;
       // Rounding may leave a constant row a variance below 0. A NaN stays.
-      const A scale = A(1) / std::sqrt((variance < 0 ? A(0) : variance) + static_cast<A>(args.eps));
+      const A scale = static_cast<A>(1 / std::sqrt((variance < 0 ? 0 : variance) + args.eps));
       mean[row] = center + correction;
       rstd[row] = scale;
       const auto corrections = P::fill(correction);
       const auto scales = P::fill(scale);
       for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
         auto value = ((P::load(x_row + i, count) - centers) - corrections) * scales;
-        if (weight != nullptr) value = value * P::load(weight + i, count);
-        if (bias != nullptr) value = value + P::load(bias + i, count);
+        if (weight != nullptr && bias != nullptr) {
+          value = multiply_add(value, P::load(weight + i, count), P::load(bias + i, count));
+        } else if (weight != nullptr) {
+          value = value * P::load(weight + i, count);
+        } else if (bias != nullptr) {
+          value = value + P::load(bias + i, count);
+        }
         value.store(y_row + i, count);
       });
     }
@@ -80,24 +86,22 @@ void layer_norm_backward_typed(const LayerNormBackward& args) {
           if (weight != nullptr) m = m * P::load(weight + i, count);
           return m;
         };
-        auto sum = P::fill(0);
-        auto dot = P::fill(0);
-        auto differences = P::fill(0);
+        RunningSum<T> sum, dot, differences;
         for_each_pack<T>(cols, [&](int64_t i, auto count) {
           const auto difference = (P::load(x_row + i, count) - centers).first(count);
           const auto m = scaled_gradient(i, count);
-          sum = sum + m;
-          dot = multiply_add(m, difference, dot);
-          differences = differences + difference;
+          sum.add(m);
+          dot.add_product(m, difference);
+          differences.add(difference);
           if (bias_sums != nullptr) {
             const auto partial = P::template load<A>(bias_sums + i, count);
             (partial + P::load(dy_row + i, count)).store_wide(bias_sums + i, count);
           }
         });
         if (dx == nullptr && partial_weight == nullptr) return;
-        const A correction = differences.sum() / size;
-        const A mean_m = sum.sum() / size;
-        const A mean_mn = rstd[row] * (dot.sum() / size - correction * mean_m);
+        const A correction = differences.total() / size;
+        const A mean_m = sum.total() / size;
+        const A mean_mn = rstd[row] * (dot.total() / size - correction * mean_m);
 
         const auto corrections = P::fill(correction);
         const auto scale = P::fill(rstd[row]);

@@ -18,11 +18,11 @@ void rms_norm_forward_typed(const RmsNormForward& args) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x + row * args.x_stride;
       T* y_row = y + row * args.cols;
-      auto squares = P::fill(0);
+      RunningSum<T> squares;
       if (residual == nullptr) {
         for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
           const auto value = P::load(x_row + i, count);
-          squares = multiply_add(value, value, squares);
+          squares.add_product(value, value);
         });
       } else {
         const T* residual_row = residual + row * args.residual_stride;
@@ -30,12 +30,13 @@ void rms_norm_forward_typed(const RmsNormForward& args) {
         for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
           const auto value = (P::load(x_row + i, count) + P::load(residual_row + i, count)).rounded();
           value.store(sum_row + i, count);
-          squares = multiply_add(value, value, squares);
+          squares.add_product(value, value);
         });
         x_row = sum_row;
       }
-      const A mean = squares.sum() / static_cast<A>(args.cols);
-      const A scale = A(1) / std::sqrt(mean + static_cast<A>(args.eps));
+      // In float64, since an error here is one of the whole row.
+      const double mean = static_cast<double>(squares.total()) / static_cast<double>(args.cols);
+      const A scale = static_cast<A>(1 / std::sqrt(mean + args.eps));
       rstd[row] = scale;
       const auto scales = P::fill(scale);
       for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
@@ -79,10 +80,10 @@ void rms_norm_backward_typed(const RmsNormBackward& args) {
       if (weight != nullptr) m = m * (P::load(weight + i, count) + offset);
       return m;
     };
-    auto dot = P::fill(0);
+    RunningSum<T> dot;
     for_each_pack<T>(cols, [&](int64_t i, auto count) {
       const auto n = P::load(x_row + i, count) * scale;
-      dot = multiply_add(scaled_gradient(i, count), n, dot);
+      dot.add_product(scaled_gradient(i, count), n);
       if (sums != nullptr) {
         const auto factor = args.round_normalized ? n.rounded() : n;
         const auto sum = P::template load<A>(sums + i, count);
@@ -90,7 +91,7 @@ void rms_norm_backward_typed(const RmsNormBackward& args) {
       }
     });
     if (dx == nullptr && dresidual == nullptr) return;
-    const auto mean = P::fill(dot.sum() / static_cast<A>(cols));
+    const auto mean = P::fill(dot.total() / static_cast<A>(cols));
     for_each_pack<T>(cols, [&](int64_t i, auto count) {
       const auto n = P::load(x_row + i, count) * scale;
       auto gradient = scale * (scaled_gradient(i, count) - n * mean);

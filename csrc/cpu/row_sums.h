@@ -20,16 +20,26 @@ inline void for_each_row_in_blocks(
   });
 }
 
-// out[col] = the sum of partial[:, col] in order of the blocks; nothing where out is null.
+// out[col] = the sum of partial[:, col] in an order that depends on row_blocks alone; nothing where out is
+// null.
 template <typename A, typename W>
 inline void sum_row_blocks(const A* partial, int64_t row_blocks, int64_t cols, W* out) {
   if (out == nullptr) return;
   at::parallel_for(0, cols, row_grain(row_blocks), [&](int64_t begin, int64_t end) {
     for_each_pack<A>(end - begin, [&](int64_t i, auto count) {
       const int64_t col = begin + i;
-      auto sum = Pack<A>::fill(0);
+      // Pairwise, which keeps the rounding errors of a long sum small: level l holds the sum of 2^l blocks
+      // while bit l of the number of blocks so far is set.
+      Pack<A> levels[64];
       for (int64_t block = 0; block < row_blocks; ++block) {
-        sum = sum + Pack<A>::load(partial + block * cols + col, count);
+        auto sum = Pack<A>::load(partial + block * cols + col, count);
+        int level = 0;
+        for (int64_t done = block; done % 2 == 1; done /= 2) sum = levels[level++] + sum;
+        levels[level] = sum;
+      }
+      auto sum = Pack<A>::fill(0);
+      for (int level = 0; row_blocks >> level != 0; ++level) {
+        if ((row_blocks >> level) % 2 == 1) sum = sum + levels[level];
       }
       A sums[Pack<A>::kSize];
       sum.store(sums);

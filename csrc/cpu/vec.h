@@ -130,6 +130,31 @@ inline Pack<T> multiply_add(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c
   return map<T>([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
+// A sum along a row, in two levels: rounding errors grow with the square root of the terms of each level, not
+// of all of them.
+template <typename T>
+class RunningSum {
+ public:
+  void add(const Pack<T>& term) { advance(recent_ + term); }
+  void add_product(const Pack<T>& a, const Pack<T>& b) { advance(multiply_add(a, b, recent_)); }
+  Accumulate<T> total() const { return (settled_ + recent_).sum(); }
+
+ private:
+  static constexpr int kTerms = 32;
+
+  void advance(const Pack<T>& recent) {
+    recent_ = recent;
+    if (++count_ == kTerms) {
+      settled_ = settled_ + recent_;
+      recent_ = Pack<T>::fill(0);
+      count_ = 0;
+    }
+  }
+
+  Pack<T> settled_ = Pack<T>::fill(0), recent_ = Pack<T>::fill(0);
+  int count_ = 0;
+};
+
 // body(start, count) over [0, size) in packs of T. The full packs pass a compile-time count, so that the
 // common path holds no partial loads.
 template <typename T, typename Body>

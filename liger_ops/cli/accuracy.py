@@ -7,8 +7,8 @@ float16 near its limits, sums of gradients over many tokens.
 
 The error of a tensor is the root mean square of its deviations over the root mean square of the exact values.
 A line passes when our error is at most ``NOISE`` times transformers', or no larger than what remains of an
-exact result after one rounding; in float32, where a single rounded factor (1/N, the rstd of a row) shifts all
-elements alike, no larger than the unit roundoff.
+exact result after one rounding; in float32, where rounded factors (1/N, the rstd of a row) shift all elements
+alike, no larger than two roundings at their worst.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _error(result: torch.Tensor, exact: torch.Tensor) -> float:
 def _unavoidable(exact: torch.Tensor, dtype: torch.dtype) -> float:
     """The error of the exact result once it is rounded to dtype; see the module's docstring for float32."""
     exact = exact.detach()
-    if exact.dim() == 0 or dtype == torch.float32:
+    if dtype == torch.float32:
+        return torch.finfo(dtype).eps
+    if exact.dim() == 0:
         return torch.finfo(dtype).eps / 2
     return NOISE * _error(exact.to(dtype), exact)
 
