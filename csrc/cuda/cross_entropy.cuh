@@ -96,10 +96,20 @@ __device__ __forceinline__ A lowest() {
   return sizeof(A) == 4 ? A(-FLT_MAX) : A(-DBL_MAX);
 }
 
-// sum = sum(exp(y - max)) over what was seen.
+// sum += term, and low += what that rounded away. Beside the 1 of the largest logit, the terms of a row that
+// is sure of its class are too small to count one by one, and together they are its loss.
+template <typename A>
+__device__ __forceinline__ void add_compensated(A& sum, A& low, A term) {
+  const A total = sum + term;
+  const A added = total - sum;
+  low += (sum - (total - added)) + (term - added);
+  sum = total;
+}
+
+// sum + low = sum(exp(y - max)) over what was seen.
 template <typename A>
 struct MaxAndSum {
-  A max, sum;
+  A max, sum, low;
 };
 
 template <typename T>
@@ -108,7 +118,10 @@ struct CombineMaxAndSum {
 
   __device__ __forceinline__ Pair operator()(const Pair& a, const Pair& b) const {
     const auto max = larger(a.max, b.max);
-    return {max, a.sum * exponential<T>(a.max - max) + b.sum * exponential<T>(b.max - max)};
+    const auto scale_a = exponential<T>(a.max - max), scale_b = exponential<T>(b.max - max);
+    Pair result = {max, a.sum * scale_a, a.low * scale_a + b.low * scale_b};
+    add_compensated(result.sum, result.low, b.sum * scale_b);
+    return result;
   }
 };
 
@@ -284,7 +297,7 @@ __device__ __forceinline__ void write_zeros(T* dx, int cols) {
 template <typename T, bool PLAIN, bool ARGMAX>
 struct RunningStatistics {
   using A = Accumulate<T>;
-  A max = lowest<A>(), sum = 0, weighted = 0;
+  A max = lowest<A>(), sum = 0, low = 0, weighted = 0;
   A y_target = 0;  // with label smoothing
   FirstMaximum<A> first;
 
@@ -297,10 +310,14 @@ struct RunningStatistics {
       y[i] = soft_capped<T, PLAIN>(widen(values[i]), args.softcap);
       most = larger(most, y[i]);
     }
-    sum *= exponential<T>(max - most);
+    const A scale = exponential<T>(max - most);
+    sum *= scale;
+    low *= scale;
     max = most;
+    A terms = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) sum += exponential<T>(y[i] - most);
+    for (int i = 0; i < N; ++i) terms += exponential<T>(y[i] - most);
+    add_compensated(sum, low, terms);
     if constexpr (ARGMAX) {
       // Of the logits themselves: soft-capped, different ones may round to the same.
       A largest = most;
@@ -339,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
   using ReduceFirst = cub::BlockReduce<FirstMaximum<A>, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   constexpr int kVec = kVecSize<T>;
   // Vectors in flight, as many as the registers hold.
-  constexpr int kUnroll = ARGMAX && !PLAIN ? 2 : 4;
+  constexpr int kUnroll = ARGMAX && (GRADIENT || !PLAIN) ? 2 : 4;
   __shared__ union {
     typename ReducePair::TempStorage pair;
     typename ReduceSum::TempStorage sum;
@@ -406,11 +423,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
       __syncthreads();  // the storage is used again
     }
   }
-  const Pair total = ReducePair(storage.pair).Reduce(Pair{running.max, running.sum}, CombineMaxAndSum<T>{});
+  const Pair total =
+      ReducePair(storage.pair).Reduce(Pair{running.max, running.sum, running.low}, CombineMaxAndSum<T>{});
   if (lane == 0) {
     const A y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
     const double max = total.max;
-    const double log_sum = log(static_cast<double>(total.sum));
+    const double log_sum = log(static_cast<double>(total.sum) + static_cast<double>(total.low));
     const A lse = static_cast<A>(max + log_sum);
     const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
     args.lse[row] = lse;

@@ -46,25 +46,35 @@ constexpr int kColumnSumWidth = 32;
 constexpr int kColumnSumHeight = 16;
 
 // out[col] = sum over rows of partial[row, col]. A block owns 32 columns; its rows of threads add every 16th
-// partial row each, and the 16 sums are added in order.
+// partial row each, in four sums, and all sums are added pairwise: rounding errors stay small, and loads
+// overlap.
 template <typename A, typename W>
 __global__ void __launch_bounds__(kColumnSumWidth* kColumnSumHeight)
     column_sum_kernel(const A* __restrict__ partial, W* __restrict__ out, int rows, int cols) {
   __shared__ A shared[kColumnSumHeight][kColumnSumWidth];
   const int col = blockIdx.x * kColumnSumWidth + threadIdx.x;
-  A sum = 0;
+  A sums[4] = {};
   if (col < cols) {
-    for (int row = threadIdx.y; row < rows; row += kColumnSumHeight) {
-      sum += partial[static_cast<int64_t>(row) * cols + col];
+    for (int first = threadIdx.y; first < rows; first += 4 * kColumnSumHeight) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first + i * kColumnSumHeight;
+        if (row < rows) sums[i] += partial[static_cast<int64_t>(row) * cols + col];
+      }
     }
   }
-  shared[threadIdx.y][threadIdx.x] = sum;
+  shared[threadIdx.y][threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   __syncthreads();
   if (threadIdx.y != 0 || col >= cols) return;
-  A total = 0;
+  A total[kColumnSumHeight];
 #pragma unroll
-  for (int y = 0; y < kColumnSumHeight; ++y) total += shared[y][threadIdx.x];
-  out[col] = narrow<W>(total);
+  for (int y = 0; y < kColumnSumHeight; ++y) total[y] = shared[y][threadIdx.x];
+#pragma unroll
+  for (int half = kColumnSumHeight / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int y = 0; y < half; ++y) total[y] += total[y + half];
+  }
+  out[col] = narrow<W>(total[0]);
 }
 
 }  // namespace liger::cuda
