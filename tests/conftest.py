@@ -34,6 +34,8 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    # A Trainer run may allow TF32 for the whole process.
+    torch.set_float32_matmul_precision("highest")
 
 
 def pytest_generate_tests(metafunc):
