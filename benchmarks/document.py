@@ -1,17 +1,19 @@
-"""Writes docs/performance.md from the JSON files in benchmarks/results.
+"""Writes docs/performance.md and docs/accuracy.md from the JSON files in benchmarks/results.
 
     python -m benchmarks.document
 
-Every number on that page comes from these files; run it again after adding one.
+Every number on those pages comes from these files; run it again after adding one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 
 from .report import RESULTS, ROOT, digits
 
 PAGE = ROOT / "docs" / "performance.md"
+ACCURACY_PAGE = ROOT / "docs" / "accuracy.md"
 
 INTRODUCTION = """# Performance
 
@@ -56,12 +58,55 @@ def section(name: str, document: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+ACCURACY = """# Accuracy
+
+`python -m liger_ops doctor --accuracy` runs every operator and transformers' eager code on the same inputs,
+forward and backward, and compares both with float64. An error is the root mean square of the deviations over
+that of the exact values. The inputs are typical, tiny and large ones, long rows, a large mean, a softmax that
+is sure of its class, logits of 1e4; `python -m liger_ops doctor --accuracy` prints each line. Here the
+results of an operator are taken together: the geometric mean of our error over transformers', and the
+smallest and largest of the ratios. A line fails when ours is more than 1.05 times transformers' (2 times for
+the weight's gradient of fused linear cross entropy, summed over chunks in 16 bits) and more than rounding the
+exact result leaves, which in float32 is taken as 1.2e-7, two roundings at their worst. This page is written
+by `python -m benchmarks.document`.
+"""
+
+
+def accuracy_section(name: str, document: dict) -> str:
+    lines = [
+        f"## {', '.join(document['devices'])}",
+        "",
+        f"`{document['command']}`, {document['date']}, torch {document['versions']['torch']}, transformers "
+        f"{document['versions']['transformers']}. Result file: [{name}](../benchmarks/results/{name}). "
+        f"{sum(line['passed'] for line in document['lines'])} of {len(document['lines'])} lines pass.",
+        "",
+        "| operator | device | dtype | results | ours / transformers | smallest | largest |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for line in document["lines"]:
+        ratios = groups.setdefault((line["operator"], line["device"], line["dtype"]), [])
+        if line["ours"] > 0 and math.isfinite(line["ours"]) and 0 < line["transformers"] < math.inf:
+            ratios.append(line["ours"] / line["transformers"])
+    for (operator, device, dtype), ratios in groups.items():
+        if not ratios:
+            continue
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        lines.append(
+            f"| `{operator}` | {device} | {dtype} | {len(ratios)} | {mean:.2f} | {min(ratios):.2f} "
+            f"| {max(ratios):.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     # Other files hold host times or training runs.
     sections = [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([INTRODUCTION, *sections]))
+    measured = [accuracy_section(name, d) for name, d in documents.items() if "lines" in d]
+    ACCURACY_PAGE.write_text("\n".join([ACCURACY, *measured]))
 
 
 if __name__ == "__main__":

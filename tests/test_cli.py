@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,3 +110,23 @@ def test_unknown_command(capsys):
         main(["nonesuch"])
     assert exit_status.value.code == 2
     assert "info" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_accuracy(capsys, monkeypatch, wrong):
+    """Ours passes beside transformers' code; a larger error is named, and fails the command."""
+    from liger_ops.cli import accuracy
+
+    swiglu = next(case for case in accuracy.cases() if case.operator == "swiglu")
+    if wrong:
+        off = replace(swiglu, ours=lambda gate, up: LF.swiglu(gate, up) * 1.01)
+        monkeypatch.setattr(accuracy, "cases", lambda: [off])
+    else:
+        monkeypatch.setattr(accuracy, "cases", lambda: [swiglu])
+    assert main(["doctor", "--accuracy", "--json"]) == int(wrong)
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is not wrong and found["versions"]["torch"] == torch.__version__
+    assert {line["result"] for line in found["lines"]} == {"out", "dgate", "dup"}
+    assert all(line["passed"] for line in found["lines"]) is not wrong
+    assert main(["doctor", "--accuracy"]) == int(wrong)
+    assert ("LARGER" in capsys.readouterr().out) is wrong

@@ -13,6 +13,7 @@ alike, no larger than two roundings at their worst.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_ops.functional as LF
+from liger_ops.cli.info import collect
 from liger_ops.cli.table import table
 
 Tensors = tuple[torch.Tensor, ...]
@@ -81,7 +83,17 @@ def run(as_json: bool, devices: list[str]) -> int:
     found = [line for device in devices for line in lines(device)]
     failed = [line for line in found if not line.passed]
     if as_json:
-        print(json.dumps({"ok": not failed, "lines": [asdict(line) for line in found]}, indent=2))
+        environment = collect()
+        document = {
+            "command": "python -m liger_ops doctor --accuracy --json",
+            "date": datetime.date.today().isoformat(),
+            "versions": environment["versions"],
+            "devices": environment["devices"],
+            "ok": not failed,
+        }
+        # A line of text for each line.
+        measured = ",\n".join("  " + json.dumps(asdict(line)) for line in found)
+        print(json.dumps(document, indent=1)[:-2] + f',\n "lines": [\n{measured}\n ]\n}}')
         return 1 if failed else 0
     rows = [("operator", "inputs", "device", "dtype", "result", "ours", "transformers", "ratio", "")]
     for line in found:
