@@ -114,6 +114,14 @@ def layer_norm_term_sizes(args, kwargs, upstream):
     )
 
 
+def glu_term_sizes(args, kwargs, upstream):
+    """Errors of the gate move the tail of its activation by much more in relative terms. The slope is a
+    difference where it changes its sign.
+    """
+    gate, up = args if len(args) == 2 else args[0].chunk(2, dim=-1)
+    return size(gate) * size(up), size(upstream[0]) * max(size(gate), 1.0) * max(size(up), 1.0)
+
+
 def size(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
@@ -220,8 +228,6 @@ def mrope_calls(draw):
 @st.composite
 def glu_calls(draw):
     shape = (*draw(LEADING), draw(WIDTHS))
-    # The slope is a difference where it changes its sign. Further out than this, the rounding of the gate
-    # alone moves the tail of the normal distribution by more.
     return Call([shape, shape], scale=draw(st.sampled_from([1.0, 4.0])), roundings=6, terms=4)
 
 
@@ -307,10 +313,14 @@ OPERATORS = {
     ),
     "rope": Operator(LF.rope, rope.rope, rope_calls(), (0, 1)),
     "mrope": Operator(LF.mrope, rope.mrope, mrope_calls(), (0, 1)),
-    "swiglu": Operator(LF.swiglu, swiglu.swiglu, glu_calls(), (0, 1)),
-    "geglu": Operator(LF.geglu, geglu.geglu, geglu_calls(), (0, 1)),
-    "swiglu_packed": Operator(LF.swiglu_packed, swiglu.swiglu_packed, packed(glu_calls()), (0,)),
-    "geglu_packed": Operator(LF.geglu_packed, geglu.geglu_packed, packed(geglu_calls()), (0,)),
+    "swiglu": Operator(LF.swiglu, swiglu.swiglu, glu_calls(), (0, 1), glu_term_sizes),
+    "geglu": Operator(LF.geglu, geglu.geglu, geglu_calls(), (0, 1), glu_term_sizes),
+    "swiglu_packed": Operator(
+        LF.swiglu_packed, swiglu.swiglu_packed, packed(glu_calls()), (0,), glu_term_sizes
+    ),
+    "geglu_packed": Operator(
+        LF.geglu_packed, geglu.geglu_packed, packed(geglu_calls()), (0,), glu_term_sizes
+    ),
     "cross_entropy": Operator(
         LF.cross_entropy, cross_entropy.cross_entropy, cross_entropy_calls(), (0,), cross_entropy_term_sizes
     ),

@@ -1,5 +1,6 @@
 #include "cuda/rope.cuh"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
@@ -48,7 +49,10 @@ TensorPair rotate(const Rotation& rotation) {
   // An output lacks a unit last stride only where its input does; it is then filled through a buffer that
   // has.
   const auto q_in = with_unit_last_stride(q), k_in = with_unit_last_stride(k);
-  const auto q_dense = with_unit_last_stride(q_out), k_dense = with_unit_last_stride(k_out);
+  const auto writable = [](const Tensor& out) {
+    return out.size(-1) <= 1 || out.stride(-1) == 1 ? out : at::empty(out.sizes(), out.options());
+  };
+  const auto q_dense = writable(q_out), k_dense = writable(k_out);
   const auto cos_in = with_unit_last_stride(cos), sin_in = with_unit_last_stride(sin);
   const int rotary_dim = static_cast<int>(cos.size(-1));
   const auto ends = rotation.section_ends();

@@ -119,6 +119,8 @@ class Chunks {
       const int64_t stride = ceil_div(std::max<int64_t>(classes_, 1), step) * step;
       const int64_t rows = chunk_rows(tokens_, stride * element, workspace());
       const auto buffer = at::empty({rows, stride}, compute);
+      // Matrix products load whole vectors at the end of a row, and drop what is beyond the classes.
+      if (stride > classes_) buffer.narrow(1, classes_, stride - classes_).zero_();
       for (int64_t start = 0; start < tokens_; start += rows) {
         const int64_t count = std::min(rows, tokens_ - start);
         const auto input = input_.narrow(0, start, count);
