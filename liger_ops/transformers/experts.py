@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers import activations
 from transformers.integrations import moe
 
-import liger_ops.functional as LF
 from liger_ops.nn.experts import mixture_of_experts
+from liger_ops.transformers.forwards.blocks import gate_of
 
 NAME = "liger_ops"
 
@@ -78,7 +76,10 @@ def _has_own_gate(module: nn.Module) -> bool:
 
 
 def _fused_gate_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    return None if _has_own_gate(module) else fused_gate(module.act_fn)
+    if _has_own_gate(module):
+        return None
+    gate = gate_of(module.act_fn)
+    return None if gate is None else gate.packed
 
 
 def _own_gate(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -90,21 +91,6 @@ def _own_gate(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return module.act_fn(gate) * up
 
     return gate
-
-
-def fused_gate(activation: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The packed operator of an activation module, or None. Subclasses may compute anything, so types count
-    exactly."""
-    kind = type(activation)
-    if kind in (nn.SiLU, activations.SiLUActivation):
-        return LF.swiglu_packed
-    if kind is nn.GELU:
-        return functools.partial(LF.geglu_packed, approximate=activation.approximate)
-    if kind is activations.GELUActivation:
-        return functools.partial(LF.geglu_packed, approximate="none")
-    if kind in (activations.GELUTanh, activations.NewGELUActivation):
-        return functools.partial(LF.geglu_packed, approximate="tanh")
-    return None
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -14,7 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from liger_ops.nn import LigerExperts
 from liger_ops.nn._grouped_linear import _per_group, grouped_linear
-from liger_ops.transformers.experts import experts_forward, fused_gate, register_experts
+from liger_ops.transformers.experts import experts_forward, register_experts
+from liger_ops.transformers.forwards.blocks import gate_of
 from tests.contract import RecordLigerCalls
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 5, 2, 16, 24
@@ -215,9 +216,9 @@ def test_fused_gates():
     for act in ("silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh"):
         gate_up = torch.randn(3, 2 * 8)
         gate, up = gate_up.chunk(2, -1)
-        torch.testing.assert_close(fused_gate(ACT2FN[act])(gate_up), ACT2FN[act](gate) * up)
+        torch.testing.assert_close(gate_of(ACT2FN[act]).packed(gate_up), ACT2FN[act](gate) * up)
     for act in ("relu", "quick_gelu", "gelu_10", "xielu"):
-        assert fused_gate(ACT2FN[act]) is None
+        assert gate_of(ACT2FN[act]) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
