@@ -52,12 +52,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def program() -> list[str]:
+    """How the running program was started: as a module, or as a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return ["-m", spec.name.removesuffix(".__main__")]
+    return [os.path.relpath(sys.argv[0], ROOT)]
+
+
 def environment(device: torch.device, commit: str | None) -> dict:
     """Everything one needs to repeat a run, and nothing about whose machine it was."""
     head = first_line_of("git", "rev-parse", "HEAD")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", *program(), *sys.argv[1:]]),
         "commit": commit or head,
         "uncommitted_changes": head and first_line_of("git", "status", "--porcelain") is not None,
         "device": processor(),
