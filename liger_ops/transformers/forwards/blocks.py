@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 import liger_ops.functional as LF
+from liger_ops.nn._lean import rebuildable
 
 Forward = Callable[..., Any]
 
@@ -33,7 +34,7 @@ def rms_norm(eps: str, offset: float, casting_mode: str) -> Callable[[Forward], 
             weight = self.weight
             if not _scales(weight, hidden_states):
                 return original(self, hidden_states)
-            return LF.rms_norm(hidden_states, weight, getattr(self, eps), offset, casting_mode)
+            return rebuildable(LF.rms_norm, hidden_states, weight, getattr(self, eps), offset, casting_mode)
 
         return forward
 
@@ -52,7 +53,7 @@ def layer_norm(original: Forward) -> Forward:
             or (bias is not None and not _scales(bias, input))
         ):
             return original(self, input)
-        return LF.layer_norm(input, weight, bias, self.eps)
+        return rebuildable(LF.layer_norm, input, weight, bias, self.eps)
 
     return forward
 
@@ -80,15 +81,23 @@ class Gate(NamedTuple):
 
 def _geglu(approximate: str) -> Gate:
     def of_two(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return LF.geglu(gate, up, approximate)
+        return rebuildable(LF.geglu, gate, up, approximate)
 
     def packed(gate_up: torch.Tensor) -> torch.Tensor:
-        return LF.geglu_packed(gate_up, approximate)
+        return rebuildable(LF.geglu_packed, gate_up, approximate)
 
     return Gate("liger::geglu", of_two, packed)
 
 
-_SWIGLU = Gate("liger::swiglu", LF.swiglu, LF.swiglu_packed)
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return rebuildable(LF.swiglu, gate, up)
+
+
+def _swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
+    return rebuildable(LF.swiglu_packed, gate_up)
+
+
+_SWIGLU = Gate("liger::swiglu", _swiglu, _swiglu_packed)
 _GEGLU_TANH = _geglu("tanh")
 _GEGLU_ERF = _geglu("none")
 
