@@ -27,7 +27,8 @@ from rich.table import Table
 
 from . import report
 
-PROVIDERS = ("transformers", "liger-kernel", "liger-ops")
+LEAN = "liger-ops-lean"
+PROVIDERS = ("transformers", "liger-kernel", "liger-ops", LEAN)
 OUT_OF_MEMORY = "out of memory"
 WARM_UP_STEPS = 2
 MIB = 2**20
@@ -199,10 +200,10 @@ def build(job: Job) -> torch.nn.Module:
             job.config(), dtype=getattr(torch, job.dtype), attn_implementation="sdpa"
         )
     model.train()
-    if job.provider == "liger-ops":
+    if job.provider.startswith("liger-ops"):
         from liger_ops.transformers import patch
 
-        patch(model, strict=True)
+        patch(model, strict=True, lean_activations=job.provider == LEAN)
     elif job.provider == "liger-kernel":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -416,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         compare(results)
         report.write_json(path, document)
     print_table(results)
-    return 0 if all("failure" not in r for r in results if r["provider"] == "liger-ops") else 1
+    return 0 if all("failure" not in r for r in results if r["provider"].startswith("liger-ops")) else 1
 
 
 if __name__ == "__main__":

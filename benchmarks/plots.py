@@ -9,12 +9,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
 
+# How providers are called where their short names do not say enough.
+TITLES = {"liger-ops-lean": "liger-ops with lean_activations"}
+
 # One colour for each provider in every picture.
 COLOURS = {
     "transformers": "#9aa0a6",
     "liger-kernel": "#e0a458",
     "liger-ops": "#2b6cb0",
-    "liger-ops, lean activations": "#173f6d",
+    "liger-ops-lean": "#173f6d",
 }
 
 
@@ -56,7 +59,10 @@ def training(path: Path, document: dict) -> None:
     axes[0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[p]) for p in providers]
     versions = document["environment"]["versions"]
-    labels = [f"{p} {versions[p]}" if versions.get(p) and p != "liger-ops" else p for p in providers]
+    labels = [
+        f"{TITLES.get(p, p)} {versions[p]}" if versions.get(p) and p != "liger-ops" else TITLES.get(p, p)
+        for p in providers
+    ]
     figure.legend(handles, labels, loc="outside upper center", ncols=len(providers), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
