@@ -29,6 +29,8 @@ MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 def section(name: str, document: dict) -> str:
     environment, sizes = document["environment"], document["sizes"]
+    picture = f"{name.removesuffix('.json')}.png"
+    plots.operators(IMAGES / picture, document)
     lines = [
         f"## {environment['device']}: {sizes['shape']}, {sizes['tokens']} tokens, {sizes['dtype']}",
         "",
@@ -39,6 +41,8 @@ def section(name: str, document: dict) -> str:
         f"heads {sizes['heads']}/{sizes['kv_heads']} x {sizes['head_dim']}, batch {sizes['batch']}. "
         f"Measured in the same run: copy {document['rates']['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
         f"matrix products {document['rates']['floor_flops_per_s'] / 1e12:.3g} TFLOP/s.",
+        "",
+        f"![time of forward and backward of each operator](images/{picture})",
         "",
         "| operator | pass | implementation | ms | of the floor | memory beyond results, MiB |",
         "|---|---|---|--:|--:|--:|",

@@ -268,8 +268,6 @@ def run(job: Job) -> dict:
             record["peak_beyond_states_mib"] = (peak - persistent_bytes(model, optimizer)) / MIB
     except torch.OutOfMemoryError:
         record["failure"] = OUT_OF_MEMORY
-    except ImportError as error:
-        record["failure"] = f"needs {error.name}"
     return record
 
 
@@ -285,7 +283,11 @@ def in_own_process(job: Job, context: multiprocessing.context.BaseContext) -> di
         try:
             return pool.submit(run, job).result()
         except BrokenProcessPool:
-            return {"model": job.model, "provider": job.provider, "failure": "the process died"}
+            failure = "the process died"
+        # Whatever a peer raises is a result of this benchmark.
+        except Exception as error:
+            failure = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    return {"model": job.model, "provider": job.provider, "failure": failure}
 
 
 def compare(results: list[dict]) -> None:
