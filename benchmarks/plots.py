@@ -15,6 +15,7 @@ TITLES = {
     "torch": "transformers",
     "compile": "torch.compile",
     "liger": "liger-kernel",
+    "trl": "TRL's head",
     "ours": "liger-ops",
 }
 
@@ -27,6 +28,7 @@ COLOURS = {
     "torch": "#9aa0a6",
     "compile": "#5f9e8f",
     "liger": "#e0a458",
+    "trl": "#a05195",
     "ours": "#2b6cb0",
 }
 

@@ -74,7 +74,8 @@ def environment(device: torch.device, commit: str | None) -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {
-            name: version(name) for name in ("torch", "triton", "transformers", "liger-kernel", "liger-ops")
+            name: version(name)
+            for name in ("torch", "triton", "transformers", "liger-kernel", "trl", "liger-ops")
         },
     }
     if device.type == "cuda":
