@@ -400,12 +400,14 @@ class CausalLMHead(Forward):
 
     def remark(self, module: nn.Module) -> str | None:
         from liger_ops.transformers.forwards.causal_lm import uses_stock_loss
-        from liger_ops.transformers.forwards.lm_head import linear_head
+        from liger_ops.transformers.forwards.lm_head import gathers_parameters, linear_head
 
         if not uses_stock_loss(module):
             name = getattr(module.loss_function, "__name__", repr(module.loss_function))
             return f"loss_function is {name}: it is called, with logits"
-        obstacle = linear_head(module.lm_head).obstacle
+        if all(parameter.is_meta for parameter in module.parameters()):
+            return None  # not yet initialised
+        obstacle = linear_head(module.lm_head, gathered=gathers_parameters(module)).obstacle
         return None if obstacle is None else f"lm_head {obstacle}: logits, then liger::cross_entropy"
 
 
