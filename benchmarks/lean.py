@@ -1,10 +1,10 @@
 """Training steps with and without lean activations: tokens per second, peak memory, host time per layer.
 
-One model with random weights, patched by liger_ops; its layers are made lean and plain again in turns, so that
-drifting clocks hit both alike.
+One model with random weights, patched by liger_ops; its layers are made lean and plain again in turns, so
+that drifting clocks hit both alike.
 
-    python -m benchmarks.lean                  12 layers of LLaMA 3.1 8B, 2 x 4096 tokens, bfloat16: about a minute
-    python -m benchmarks.lean --device cpu     a small model, to see it work
+    python -m benchmarks.lean                 12 layers of LLaMA 3.1 8B, 2 x 4096 tokens, bfloat16: a minute
+    python -m benchmarks.lean --device cpu    a small model, to see it work
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VARIANTS = {"plain": False, "lean": True}
 def build(
     shape: Shape, layers: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    """A LLaMA with random weights, made where and as it is used: a copy in float32 would need twice the room."""
+    """A LLaMA with random weights, made where and as it is used: in float32 it would need twice the room."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -124,7 +124,7 @@ def memory_of_a_step(model: torch.nn.Module, inputs: dict, step: Callable, cuda:
 
 
 def measure_host(device: torch.device, layers: int = 8) -> dict[str, float]:
-    """Microseconds of host time per layer, forward and backward, on a model so small that nothing else counts."""
+    """Microseconds of host time per layer, forward and backward, of a model so small that it is all there is."""
     from liger_ops.transformers import patch, patched
 
     cuda = device.type == "cuda"

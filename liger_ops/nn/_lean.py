@@ -47,21 +47,28 @@ def rebuildable(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
     if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
         return operator(*arguments)
     recipe = _Recipe(operator, arguments)
-    if recipe.nested:
-        result = operator(*arguments)
-    else:
-        # What it saves stays as it is, and autograd by itself is quicker.
-        _pop_hooks()
-        try:
-            result = operator(*arguments)
-        finally:
-            _push_hooks(_pack, _unpack)
+    result = operator(*arguments) if recipe.nested else _unhooked(operator, arguments)
     # Without a gradient the inputs are not kept.
     if result.requires_grad and type(result) is Tensor:
         recipe.dtype = result.dtype
         result._liger_recipe = recipe
         _thread.results.append(ref(result))
     return result
+
+
+def unhooked(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """``operator(*arguments)``, which saves no other's result: autograd by itself keeps what it saves quicker."""
+    if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
+        return operator(*arguments)
+    return _unhooked(operator, arguments)
+
+
+def _unhooked(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    _pop_hooks()
+    try:
+        return operator(*arguments)
+    finally:
+        _push_hooks(_pack, _unpack)
 
 
 def _is_ours(hooks: tuple[Callable, Callable] | None) -> bool:
@@ -71,8 +78,8 @@ def _is_ours(hooks: tuple[Callable, Callable] | None) -> bool:
 class _Recipe:
     """How a tensor was made, and what was saved of it.
 
-    It keeps its arguments alive, which are earlier in the graph, but not what was saved, which keeps the recipe
-    alive: the cycle would outlive the graph.
+    It keeps its arguments alive, which are earlier in the graph, but not what was saved, which keeps the
+    recipe alive: the cycle would outlive the graph.
 
     Attributes:
         versions: of the arguments that are tensors; None for the others.
