@@ -1,36 +1,38 @@
 """Lean activations: what backward can compute again from what it has anyway is not kept for it.
 
-While a lean layer's forward runs, autograd saves through the two functions at the end of this file. A tensor
-that one of our norms or gated activations returned, a view of it or its copy in another dtype, is replaced by
-the recipe it was made with, whose inputs that operator saves for its own backward; everything else is saved
-as always. Backward runs the recipe once for all who saved its result, and lets go after the last of them.
+While a lean layer's forward runs, autograd saves through ``_pack`` and ``_unpack``. A tensor that one of our
+norms or gated activations returned, a view of it or its copy in another dtype, is replaced by the recipe that
+made it, whose inputs that operator saves for its own backward; everything else is saved as always. Backward
+runs the recipe once for all who saved its result, and lets go after the last of them.
 
-A recipe is an attribute of its result, so that it lives as long as that tensor and can never be taken for
-that of another one.
+A recipe is an attribute of its result: it lives as long as that tensor and is never taken for another's. All
+this happens on the host for every tensor that a layer saves, so it is written to be quick.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-_ATTRIBUTE = "_liger_recipe"
-
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_hooks_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 _graph_task = torch._C._current_graph_task_id
+_hooks_allowed = torch._C._autograd._saved_tensors_hooks_is_enabled
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 class _Thread(threading.local):
-    """The lean layers whose forward runs in this thread, the innermost last."""
+    """The lean layers whose forward runs in this thread, the innermost last, and what has a recipe there."""
 
     def __init__(self) -> None:
         self.layers: list[nn.Module] = []
+        self.results: list[ref[Tensor]] = []
 
 
 _thread = _Thread()
@@ -41,16 +43,32 @@ def rebuildable(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
     The operator has to give the same bits each time and to return a new, contiguous tensor.
     """
-    result = operator(*arguments)
-    if torch.compiler.is_compiling() or not _thread.layers:
-        return result
-    # Without a gradient the inputs are not kept. Under the hooks of somebody within the layer, a checkpoint's
-    # for instance, they need not be kept either.
-    if result.requires_grad and type(result) is Tensor and _is_ours(_top_hooks(True)):
-        setattr(result, _ATTRIBUTE, _Recipe(operator, arguments, result))
-        # A copy in another dtype finds its way back to the result over the graph.
-        result.grad_fn.metadata[_ATTRIBUTE] = weakref.ref(result)
+    # Under the hooks of somebody within the layer, a checkpoint's for instance, the inputs need not be kept.
+    if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
+        return operator(*arguments)
+    recipe = _Recipe(operator, arguments)
+    result = operator(*arguments) if recipe.nested else _unhooked(operator, arguments)
+    # Without a gradient the inputs are not kept.
+    if result.requires_grad and type(result) is Tensor:
+        recipe.dtype = result.dtype
+        result._liger_recipe = recipe
+        _thread.results.append(ref(result))
     return result
+
+
+def unhooked(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """``operator(*arguments)``, which saves no other's result: autograd by itself keeps what it saves quicker."""
+    if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
+        return operator(*arguments)
+    return _unhooked(operator, arguments)
+
+
+def _unhooked(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    _pop_hooks()
+    try:
+        return operator(*arguments)
+    finally:
+        _push_hooks(_pack, _unpack)
 
 
 def _is_ours(hooks: tuple[Callable, Callable] | None) -> bool:
@@ -58,93 +76,123 @@ def _is_ours(hooks: tuple[Callable, Callable] | None) -> bool:
 
 
 class _Recipe:
-    """How a tensor was made, and what backward is asked for, by dtype."""
+    """How a tensor was made, and what was saved of it.
 
-    __slots__ = ("arguments", "dtype", "operator", "outputs", "size")
+    It keeps its arguments alive, which are earlier in the graph, but not what was saved, which keeps the
+    recipe alive: the cycle would outlive the graph.
 
-    def __init__(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...], result: Tensor) -> None:
+    Attributes:
+        versions: of the arguments that are tensors; None for the others.
+        nested: whether an argument has a recipe itself, which then stands in its place.
+        dtype: of the result.
+    """
+
+    __slots__ = ("arguments", "dtype", "nested", "operator", "outputs", "versions")
+
+    def __init__(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
         self.operator = operator
-        self.arguments = [_pack(a) if isinstance(a, Tensor) else _Constant(a) for a in arguments]
-        self.dtype, self.size = result.dtype, result.size()
-        self.outputs: dict[torch.dtype, _Output] = {}
+        self.arguments = list(arguments)
+        self.versions: list[int | None] = []
+        self.outputs: list[ref[_Output]] = []
+        self.nested = False
+        for i, argument in enumerate(arguments):
+            version = None
+            if isinstance(argument, Tensor):
+                version = argument._version
+                base = argument._base
+                if hasattr(argument if base is None else base, "_liger_recipe"):
+                    packed = _pack(argument)
+                    if type(packed) is _Output:
+                        self.arguments[i] = packed
+                        version = None
+                        self.nested = True
+            self.versions.append(version)
 
-    def tensor(self, output: _Output) -> Tensor:
-        """The result in one dtype, which stays from the first who asks in a backward pass to the last."""
-        task = _graph_task()
-        if output.task != task or output.left <= 0:
-            output.task, output.left = task, output.uses
-        tensor = output.tensor
-        if tensor is None:
-            tensor = self._make(output.dtype)
-        output.left -= 1
-        if output.left <= 0 or task < 0:
-            output.tensor = None
-        elif output.tensor is None:
-            output.tensor = tensor
-            _release_after(task, output)
-        return tensor
+    def save(self, tensor: Tensor) -> _Output:
+        """What to keep in place of the result, of a view of it, or of its copy in another dtype."""
+        geometry = (tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        for reference in self.outputs:
+            output = reference()
+            if output is not None and output.geometry == geometry:
+                output.uses += 1
+                return output
+        output = _Output(self, geometry)
+        self.outputs.append(ref(output))
+        return output
 
-    def _make(self, dtype: torch.dtype) -> Tensor:
-        own = self.outputs.get(self.dtype)
-        result = None if own is None else own.tensor
+    def make(self, output: _Output) -> Tensor:
+        """What the output stands for, from what is there already for another one, or else anew."""
+        dtype, size, stride, offset = output.geometry
+        result = self._there(dtype)
         if result is None:
-            arguments = [_unpack(argument) for argument in self.arguments]
+            result = self._there(self.dtype)
+            if result is None:
+                result = self._run()
+            if dtype != self.dtype:
+                result = result.to(dtype)
+        # Results and their copies are contiguous and begin where their memory does.
+        return result.as_strided(size, stride, offset)
+
+    def _there(self, dtype: torch.dtype) -> Tensor | None:
+        for reference in self.outputs:
+            output = reference()
+            if output is not None and output.tensor is not None and output.geometry[0] == dtype:
+                return output.tensor
+        return None
+
+    def _run(self) -> Tensor:
+        arguments = []
+        for argument, version in zip(self.arguments, self.versions, strict=True):
+            if type(argument) is _Output:
+                argument = argument.unpack()
+            elif version is not None and argument._version != version:
+                raise _written_to(argument, version)
+            arguments.append(argument)
+        # Quicker than no_grad(), which still goes through the operator's autograd kernel.
+        with _below_autograd():
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    result = self.operator(*arguments)
-            else:
-                result = self.operator(*arguments)
-        return result if dtype == self.dtype else result.to(dtype)
-
-
-class _Constant:
-    """An argument that is no tensor."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def unpack(self) -> Any:
-        return self.value
+                    return self.operator(*arguments)
+            return self.operator(*arguments)
 
 
 class _Output:
-    """A recipe's result in one dtype: how often it was saved, and for how many of those the running backward
-    pass, ``task``, has not yet asked. It does not know its recipe: their cycle would outlive the graph.
+    """What autograd keeps in place of a tensor that can be made again, once for all who save the same.
+
+    Attributes:
+        geometry: dtype, size, stride and offset of the tensor.
+        uses: how often it was saved.
+        task, left: the backward pass that asks for it, and how often that may still happen.
+        tensor: there from the first who asks in a backward pass to the last, or to the end of the pass.
     """
 
-    __slots__ = ("__weakref__", "dtype", "left", "task", "tensor", "uses")
+    __slots__ = ("__weakref__", "geometry", "left", "recipe", "task", "tensor", "uses")
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.uses = self.left = 0
-        self.task = -1
+    def __init__(
+        self, recipe: _Recipe, geometry: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
+    ) -> None:
+        self.recipe, self.geometry = recipe, geometry
+        self.uses, self.left, self.task = 1, 0, -1
         self.tensor: Tensor | None = None
 
-
-class _Saved:
-    """What autograd gets to keep in place of a recipe's result or a view of it."""
-
-    __slots__ = ("output", "recipe", "view")
-
-    def __init__(self, recipe: _Recipe, tensor: Tensor) -> None:
-        output = recipe.outputs.get(tensor.dtype)
-        if output is None:
-            output = recipe.outputs[tensor.dtype] = _Output(tensor.dtype)
-        output.uses += 1
-        self.recipe, self.output = recipe, output
-        # Results are contiguous and begin where their memory does.
-        whole = tensor._base is None and tensor.size() == recipe.size
-        self.view = None if whole else (tensor.size(), tensor.stride(), tensor.storage_offset())
-
     def unpack(self) -> Tensor:
-        tensor = self.recipe.tensor(self.output)
-        return tensor if self.view is None else tensor.as_strided(*self.view)
+        task = _graph_task()
+        if self.left <= 0 or self.task != task:
+            self.left, self.task = self.uses, task
+        self.left -= 1
+        tensor = self.tensor
+        if tensor is None:
+            tensor = self.recipe.make(self)
+            if self.left > 0 and task >= 0:
+                self.tensor = tensor
+                _release_after(task, self)
+        elif self.left <= 0:
+            self.tensor = None
+        return tensor
 
 
 # What backward passes hold, by the number of the pass. Weak, so that a pass that fails holds nothing.
-_held: dict[int, list[weakref.ref[_Output]]] = {}
+_held: dict[int, list[ref[_Output]]] = {}
 
 
 def _release_after(task: int, output: _Output) -> None:
@@ -155,7 +203,7 @@ def _release_after(task: int, output: _Output) -> None:
             del _held[old]
         held = _held[task] = []
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _release(task))
-    held.append(weakref.ref(output))
+    held.append(ref(output))
 
 
 def _release(task: int) -> None:
@@ -165,60 +213,67 @@ def _release(task: int) -> None:
             output.tensor, output.left = None, 0
 
 
-_COPY = type(torch.zeros((), requires_grad=True).to(torch.bfloat16).grad_fn)
-_RESHAPE = tuple(
-    type(view.grad_fn)
-    for x in [torch.zeros(1, requires_grad=True)]
-    for view in (x.view(1, 1), torch.ops.aten._unsafe_view(x, (1, 1)))
-)
+def _node_type(tensor: Tensor) -> type:
+    return type(tensor.grad_fn)
+
+
+_example = torch.zeros(1, requires_grad=True)
+_COPY = _node_type(_example.to(torch.bfloat16))
+_RESHAPE = (_node_type(_example.view(1, 1)), _node_type(torch.ops.aten._unsafe_view(_example, (1, 1))))
+_TRANSPOSE = _node_type(_example.view(1, 1).t())
+del _example
 
 
 def _recipe_of_copied(copy: Tensor) -> _Recipe | None:
     """The recipe of the tensor that this one is a copy of in another dtype, if it has one."""
-    node = copy.grad_fn
-    if type(node) is not _COPY or copy._version or not copy.is_contiguous():
+    if copy._version or not copy.is_contiguous():
         return None
-    node, index = node.next_functions[0]
+    node, index = copy.grad_fn.next_functions[0]
     while type(node) in _RESHAPE:
         node, index = node.next_functions[0]
-    if node is None or index != 0:
-        return None
-    source = node.metadata.get(_ATTRIBUTE)
-    source = None if source is None else source()
     # Of a tensor that is gone nobody knows whether it was written to before it was copied.
-    if source is None or source._version or copy.device != source.device:
-        return None
-    return getattr(source, _ATTRIBUTE, None)
+    for reference in _thread.results if index == 0 else ():
+        source = reference()
+        if source is not None and source.grad_fn is node:
+            return None if source._version or copy.device != source.device else source._liger_recipe
+    return None
 
 
 def _pack(tensor: Tensor) -> Any:
     base = tensor._base
     whole = tensor if base is None else base
-    recipe = getattr(whole, _ATTRIBUTE, None)
-    if recipe is None:
-        if tensor.is_leaf:
+    recipe = getattr(whole, "_liger_recipe", None)
+    if recipe is not None:
+        if not whole._version and tensor.dtype is whole.dtype:
+            return recipe.save(tensor)
+    elif whole.is_leaf:
+        # A transposed weight is the most frequent of all.
+        if base is None or type(tensor.grad_fn) is _TRANSPOSE:
             return tensor, tensor._version
+    elif type(whole.grad_fn) is _COPY:
         recipe = _recipe_of_copied(whole)
-        if recipe is None:
-            # Without its node: what a node returns and saves would keep that node alive for ever.
-            return tensor.detach(), tensor._version
-    elif whole._version or tensor.dtype != whole.dtype:
-        return tensor.detach(), tensor._version
-    return _Saved(recipe, tensor)
+        if recipe is not None:
+            return recipe.save(tensor)
+    # Without its node: what a node returns and saves would keep that node alive for ever.
+    return tensor.detach(), tensor._version
 
 
 def _unpack(saved: Any) -> Tensor:
-    if type(saved) is not tuple:
+    if type(saved) is _Output:
         return saved.unpack()
     tensor, version = saved
     # Autograd's own check does not reach through hooks.
     if tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"a {tensor.dtype} tensor of shape {list(tensor.shape)}, kept in a layer with lean activations, "
-            f"is at version {tensor._version}; expected version {version} instead"
-        )
+        raise _written_to(tensor, version)
     return tensor
+
+
+def _written_to(tensor: Tensor, version: int) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+        f"{tensor.dtype} tensor of shape {list(tensor.shape)}, kept in a layer with lean activations, is at "
+        f"version {tensor._version}; expected version {version} instead"
+    )
 
 
 def _enter(layer: nn.Module, args: Any) -> None:
@@ -229,14 +284,15 @@ def _enter(layer: nn.Module, args: Any) -> None:
     hooks = _top_hooks(True)
     while layers and _is_ours(hooks):
         # A KeyboardInterrupt in a layer's forward passes by its hooks.
-        torch._C._autograd._pop_saved_tensors_default_hooks()
+        _pop_hooks()
         layers.pop()
         hooks = _top_hooks(True)
     # Of nested hooks only the innermost are called. Whoever is outside, such as a checkpoint around the
     # layer, asked for more than this.
     if hooks is None and _hooks_allowed():
-        torch._C._autograd._push_saved_tensors_default_hooks(_pack, _unpack)
+        _push_hooks(_pack, _unpack)
         layers.append(layer)
+        _thread.results.clear()
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> None:
@@ -246,7 +302,7 @@ def _leave(layer: nn.Module, args: Any, output: Any) -> None:
     layers = _thread.layers
     if layers and layers[-1] is layer:
         layers.pop()
-        torch._C._autograd._pop_saved_tensors_default_hooks()
+        _pop_hooks()
 
 
 def is_lean(layer: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable
+from liger_ops.nn._lean import rebuildable, unhooked
 
 Forward = Callable[..., Any]
 
@@ -193,7 +193,7 @@ def rotary(original: Forward) -> Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or not _rotates(q, k, cos):
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        return LF.rope(q, k, cos, sin)
+        return unhooked(LF.rope, q, k, cos, sin)
 
     return apply_rotary_pos_emb
 
@@ -206,7 +206,7 @@ def vision_rotary(original: Forward) -> Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if q.dim() != 3 or cos.dim() != 2 or not _rotates(q, k, cos):
             return original(q, k, cos, sin)
-        q, k = LF.rope(q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
+        q, k = unhooked(LF.rope, q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
         return q.squeeze(0).transpose(0, 1), k.squeeze(0).transpose(0, 1)
 
     return apply_rotary_pos_emb_vision
