@@ -57,7 +57,7 @@ def rebuildable(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def unhooked(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """``operator(*arguments)``, which saves no other's result: autograd by itself keeps what it saves quicker."""
+    """``operator(*arguments)``, which saves no other's result: autograd alone keeps what it saves quicker."""
     if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
         return operator(*arguments)
     return _unhooked(operator, arguments)

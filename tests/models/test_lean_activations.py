@@ -94,7 +94,7 @@ def test_same_bits_from_less_memory(family, dtype, device):
     if family not in ("mllama", "mllama_text", "qwen2_vl"):
         assert saved == sum(promised(report).values()) * TOKENS
     else:
-        # Images have tokens of their own, and attention across, where it runs, keeps normalised queries and keys.
+        # Images have tokens of their own, and attention across keeps, where it runs, normalised heads.
         text = {name: size for name, size in promised(report).items() if "Vision" not in name}
         assert saved >= sum(text.values()) * TOKENS > 0
 
