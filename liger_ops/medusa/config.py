@@ -26,9 +26,9 @@ class MedusaConfig:
         num_layers: residual blocks in each head; 0 leaves the vocabulary projection alone.
         heads_coefficient: one factor for all heads, or one for each.
         decay: factor between a head's weight and that of the head before it.
-        schedule: how the heads' losses come in: ``"constant"`` at once, ``"linear"`` as ``s / schedule_steps``,
-            ``"sine"`` as ``sin(π/2 · s / schedule_steps)``, at optimizer step ``s``; 1 from ``schedule_steps``
-            on.
+        schedule: the ramp by which the heads' losses come in over the optimizer steps ``s``: ``"constant"``
+            at once, ``"linear"`` as ``s / schedule_steps``, ``"sine"`` as ``sin(π/2 · s / schedule_steps)``;
+            1 from ``schedule_steps`` on.
         schedule_steps: length of that ramp. With a ramp and without a length, ``MedusaCallback`` takes the
             length of the whole training.
 

@@ -100,11 +100,8 @@ def _tensors(head: nn.Sequential, index: int) -> HeadTensors:
     for linear in (*(block.linear for block in blocks), projection):
         if type(linear) is not nn.Linear:
             raise NotImplementedError(
-                f"head {index} of the Medusa heads has a {type(linear).__name__} in place of a torch.nn.Linear; "
-                "exclude the heads from adapters and quantisation"
+                f"head {index} of the Medusa heads has a {type(linear).__name__} in place of a "
+                "torch.nn.Linear; exclude the heads from adapters and quantisation"
             )
-    return HeadTensors(
-        tuple((block.linear.weight, block.linear.bias) for block in blocks),
-        projection.weight,
-        projection.bias,
-    )
+    residual = tuple((block.linear.weight, block.linear.bias) for block in blocks)
+    return HeadTensors(residual, projection.weight, projection.bias)

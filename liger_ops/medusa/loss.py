@@ -1,7 +1,7 @@
 """The losses of all heads, straight from the hidden states.
 
 ``loss_k = CE(head_k(h_t), label_{t+1+k})`` (Cai et al. 2024, eq. 1); ``k = 0`` is the base's own head. The
-targets are shifted and padded with ``ignore_index`` rather than the hidden states cut: they are read in place.
+targets are shifted and padded with ``ignore_index``, so that every head reads the same hidden states, whole.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def medusa_loss(
         targets: (B, S) or (S,) int64, shifted for the base's head; any device.
         coefficients: (heads,) float32 on the hidden states' device; no gradient flows to them.
         shifts: further positions by which each head looks ahead; None is ``1, 2, …``.
-        ignore_index: targets of this value count for nothing; what is shifted in at the end has it. A sequence
-            shorter than a head's shift gives it no target: loss 0 and zero gradients.
+        ignore_index: targets of this value count for nothing; what is shifted in at the end has it. A
+            sequence shorter than a head's shift gives it no target: loss 0 and zero gradients.
         num_items: divides every head's summed loss; None takes each head's mean over the targets that count.
             A number or a tensor of one element on any device; never read on the host.
         softcap, accum_dtype, workspace_bytes: as in ``liger_ops.functional.fused_linear_cross_entropy``.

@@ -119,7 +119,7 @@ class MedusaModel(PreTrainedModel):
             raise ValueError(f"stage must be 1 (heads alone) or 2 (heads and base), got {stage!r}")
         if stage == 2 and not self._trained_in_base:
             raise ValueError(
-                "stage 2 trains the base, and no parameter of it required a gradient when the heads were added"
+                "stage 2 trains the base, and no parameter of it required a gradient when it got its heads"
             )
         self.stage = stage
         trained = set(self._trained_in_base) if stage == 2 else set()
@@ -128,7 +128,7 @@ class MedusaModel(PreTrainedModel):
         return self.train(self.training)
 
     def set_step(self, step: int, total_steps: int | None = None) -> None:
-        """Set the schedule's factor to that of an optimizer step; ``MedusaCallback`` does it in the Trainer."""
+        """Set the schedule's factor to that of an optimizer step, as ``MedusaCallback`` does."""
         self._ramp = self.medusa_config.ramp(step, total_steps)
         self._needs_step = False
         self.ramp.fill_(self._ramp)
@@ -152,7 +152,7 @@ class MedusaModel(PreTrainedModel):
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute the base's layers in backward. Stage 1 keeps no activations, so there it changes nothing."""
+        """Recompute the base's layers in backward. In stage 1 there are none to recompute."""
         self.causal_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -260,7 +260,7 @@ class MedusaModel(PreTrainedModel):
             options = dict(ignore_index=ignore_index, num_items=single_number(num_items_in_batch))
             self._add_losses(result, hidden_states, targets, accum_dtype=accum_dtype, **options)
             if router_loss is not None and self.stage == 2:
-                balance = getattr(sys.modules[type(causal).__module__], router_loss)
+                balance = getattr(sys.modules[family_of(causal.config.model_type).modeling], router_loss)
                 result.aux_loss = balance_loss(causal, balance, arguments, outputs.router_logits)
                 if result.aux_loss is not None:
                     aux_loss = result.aux_loss.to(result.loss.device)
@@ -422,7 +422,7 @@ def add_medusa_heads(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> MedusaModel:
-    """A ``MedusaModel`` over the base; ``options`` are fields of ``MedusaConfig`` where no config is given."""
+    """A ``MedusaModel`` over the base; ``options`` are the fields of a ``MedusaConfig``, in its place."""
     if config is not None and options:
         raise TypeError(f"pass either a config or its fields, got both config and {', '.join(options)}")
     return MedusaModel(base, config or MedusaConfig(**options), stage=stage, dtype=dtype)
@@ -441,14 +441,15 @@ def _causal_model(base: nn.Module) -> PreTrainedModel:
     for adapter in getattr(base, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise NotImplementedError(
-                f"Medusa heads on a base with {adapter.peft_type.value}, which adds tokens of its own; use LoRA"
+                f"Medusa heads on a base with {adapter.peft_type.value}, which adds tokens of its own: "
+                "use LoRA"
             )
     causal = unwrap(base)
     model_type = getattr(getattr(causal, "config", None), "model_type", None)
     if family_of(model_type) is None:
         raise ValueError(
-            f"Medusa heads need a base of a known family, got {type(causal).__name__} (model type {model_type!r}); "
-            f"known are {', '.join(supported_model_types())}"
+            f"Medusa heads need a base of a known family, got {type(causal).__name__} (model type "
+            f"{model_type!r}); known are {', '.join(supported_model_types())}"
         )
     if not isinstance(getattr(causal, "lm_head", None), nn.Module) or not hasattr(causal, "model"):
         raise ValueError(
