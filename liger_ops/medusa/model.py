@@ -151,9 +151,9 @@ class MedusaModel(PreTrainedModel):
         self._fill_buffers()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the base's layers in backward. In stage 1 there are none to recompute."""
-        self.causal_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.causal_model.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.causal_model.gradient_checkpointing_disable()
@@ -211,7 +211,6 @@ class MedusaModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
@@ -223,17 +222,19 @@ class MedusaModel(PreTrainedModel):
 
         Args:
             labels: (B, S); head ``k`` at position ``t`` predicts ``labels[t + 1 + k]``.
-            shift_labels: (B, S), shifted for the base's head already; they win over ``labels``.
             num_items_in_batch: divides each head's summed loss: a number or a tensor of one element on any
                 device, or one per ``DataParallel`` replica. Without it each head's mean is taken.
             skip_logits: True leaves the base's logits out, False returns them; None skips them in training.
             return_dict: False returns a tuple of what is not None.
             ignore_index, accum_dtype: as in ``liger_ops.functional.fused_linear_cross_entropy``.
-            kwargs: the backbone's, images for example.
+            kwargs: ``shift_labels`` (B, S), shifted for the base's head already, which win over ``labels``;
+                the others are the backbone's, images for example.
 
         Raises:
             RuntimeError: in training with a ramp whose step was never set.
         """
+        # Not in the signature: the Trainer would demand every argument with labels in its name of a batch.
+        shift_labels = kwargs.pop("shift_labels", None)
         if self.training and self._needs_step and (labels is not None or shift_labels is not None):
             raise RuntimeError(
                 f"the heads' losses come in by a {self.medusa_config.schedule} schedule: give the Trainer a "
@@ -254,32 +255,34 @@ class MedusaModel(PreTrainedModel):
         with torch.no_grad() if self.stage == 1 else contextlib.nullcontext():
             outputs = causal.model(**arguments, return_dict=True)
         hidden_states = outputs.last_hidden_state
-        result = MedusaOutput()
+        results: dict[str, Tensor | None] = {}
         if labels is not None or shift_labels is not None:
             targets = next_token_targets(labels, ignore_index) if shift_labels is None else shift_labels
             options = dict(ignore_index=ignore_index, num_items=single_number(num_items_in_batch))
-            self._add_losses(result, hidden_states, targets, accum_dtype=accum_dtype, **options)
+            results = self._losses(hidden_states, targets, accum_dtype=accum_dtype, **options)
             if router_loss is not None and self.stage == 2:
                 balance = getattr(sys.modules[family_of(causal.config.model_type).modeling], router_loss)
-                result.aux_loss = balance_loss(causal, balance, arguments, outputs.router_logits)
-                if result.aux_loss is not None:
-                    aux_loss = result.aux_loss.to(result.loss.device)
-                    result.loss = result.loss + causal.router_aux_loss_coef * aux_loss
+                aux_loss = balance_loss(causal, balance, arguments, outputs.router_logits)
+                if aux_loss is not None:
+                    aux_loss = aux_loss.to(results["loss"].device)
+                    results["loss"] = results["loss"] + causal.router_aux_loss_coef * aux_loss
+                results["aux_loss"] = aux_loss
         if skip_logits is None:
             skip_logits = self.training
         if not skip_logits:
             with torch.no_grad() if self.stage == 1 else contextlib.nullcontext():
-                result.logits = self.base_logits(hidden_states)
+                results["logits"] = self.base_logits(hidden_states)
         if return_dict is None:
             return_dict = self.config.return_dict
+        # All at once: a result keeps its fields in the order in which they were set.
+        result = MedusaOutput(**results)
         return result if return_dict else result.to_tuple()
 
-    def _add_losses(
-        self, result: MedusaOutput, hidden_states: Tensor, targets: Tensor, **options: Any
-    ) -> None:
+    def _losses(self, hidden_states: Tensor, targets: Tensor, **options: Any) -> dict[str, Tensor | None]:
         heads = self.heads.tensors()
         shifts = list(range(1, len(heads) + 1))
-        coefficients = self.coefficients * self.ramp
+        # Losses of an evaluation are to be compared with each other, wherever the ramp has got to.
+        coefficients = self.coefficients * self.ramp if self.training else self.coefficients
         separate = None
         if self.stage == 2:
             own = linear_head(self.causal_model.lm_head)
@@ -290,24 +293,17 @@ class MedusaModel(PreTrainedModel):
             else:
                 # An adapter on the base's head: its logits, which the module itself has to compute.
                 logits = self.causal_model.lm_head(hidden_states)
-                separate = logits_loss(
-                    logits,
-                    targets,
-                    options["num_items"],
-                    options["ignore_index"],
-                    softcap=self.softcap,
-                ).loss
+                counts = (options["num_items"], options["ignore_index"])
+                separate = logits_loss(logits, targets, *counts, softcap=self.softcap).loss
         loss, losses = medusa_loss(
             hidden_states, heads, targets, coefficients, shifts=shifts, softcap=self.softcap, **options
         )
         if separate is not None:
             loss = loss + separate
             losses = torch.cat([separate.detach().reshape(1), losses])
-        result.loss = loss
-        if self.stage == 2:
-            result.base_loss, result.head_losses = losses[:1], losses[1:]
-        else:
-            result.head_losses = losses
+        if self.stage == 1:
+            return dict(loss=loss, head_losses=losses)
+        return dict(loss=loss, head_losses=losses[1:], base_loss=losses[:1])
 
     # ---------------------------------------------------------------------------------- saving and loading
 
@@ -337,11 +333,19 @@ class MedusaModel(PreTrainedModel):
     def _save(self, folder: str | Path, state: dict[str, Tensor], base: bool) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Parameters by one name each: a file of this kind holds no tensor twice, and a base may tie its head.
-        names = [n for n, p in self.named_parameters() if n.startswith(HEADS) or (base and p.requires_grad)]
+        names = self._saved_names() if base else [n for n in self._saved_names() if n.startswith(HEADS)]
         tensors = {name: state[name].detach().contiguous() for name in names}
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         self.medusa_config.save(folder, **_description(self.causal_model))
+
+    def _saved_names(self) -> list[str]:
+        # Parameters by one name each: a file of this kind holds no tensor twice, and a base may tie its head.
+        return [n for n, p in self.named_parameters() if n.startswith(HEADS) or p.requires_grad]
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """What the Trainer must not miss in a checkpoint that it resumes from."""
+        return self.state_dict().keys() - set(self._saved_names())
 
     @classmethod
     def from_pretrained(
