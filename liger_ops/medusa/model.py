@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,21 +84,17 @@ class MedusaModel(PreTrainedModel):
         causal = _causal_model(base)
         super().__init__(causal.config)
         weight, bias = _projection(causal)
-        self.medusa_config = config or MedusaConfig()
+        config = config or MedusaConfig()
         self.base = base
-        self.heads = MedusaHeads(
-            self.medusa_config.num_heads, self.medusa_config.num_layers, weight, bias, dtype
-        )
+        self.heads = MedusaHeads(config.num_heads, config.num_layers, weight, bias, dtype)
         self._no_split_modules = causal._no_split_modules
         self._trained_in_base = [name for name, p in base.named_parameters() if p.requires_grad]
         # Buffers, so that a new value needs neither a copy from the host nor a new compilation.
-        for name, shape in (("coefficients", (self.medusa_config.num_heads,)), ("ramp", ())):
+        for name, shape in (("coefficients", (config.num_heads,)), ("ramp", ())):
             self.register_buffer(
                 name, torch.empty(shape, device=weight.device, dtype=torch.float32), persistent=False
             )
-        self._ramp = self.medusa_config.ramp(0, 1)
-        self._needs_step = self.medusa_config.schedule != "constant"
-        self._fill_buffers()
+        self._set_config(config)
         self.set_stage(stage)
 
     # The configuration is the base's, which chose how its attention and its experts run.
@@ -109,11 +106,16 @@ class MedusaModel(PreTrainedModel):
 
     # ------------------------------------------------------------------------------------------- training
 
-    def set_stage(self, stage: int) -> MedusaModel:
+    def set_stage(self, stage: int, **weights: Any) -> MedusaModel:
         """Train the heads alone (1), or the base too (2); returns self.
 
+        Args:
+            weights: new values of those fields of ``MedusaConfig`` that weigh the losses.
+
         Raises:
-            ValueError: for another number, and for stage 2 of a base that came with nothing to train.
+            ValueError: for another number, for stage 2 of a base that came with nothing to train, and for a
+                value outside its range.
+            TypeError: for a field that would change the heads themselves, or that there is not.
         """
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 (heads alone) or 2 (heads and base), got {stage!r}")
@@ -121,6 +123,14 @@ class MedusaModel(PreTrainedModel):
             raise ValueError(
                 "stage 2 trains the base, and no parameter of it required a gradient when it got its heads"
             )
+        known = {field.name for field in dataclasses.fields(MedusaConfig)} - {"num_heads", "num_layers"}
+        if unknown := sorted(weights.keys() - known):
+            raise TypeError(
+                f"set_stage cannot change {', '.join(unknown)}; the losses' weights are "
+                f"{', '.join(sorted(known))}"
+            )
+        if weights:
+            self._set_config(dataclasses.replace(self.medusa_config, **weights))
         self.stage = stage
         trained = set(self._trained_in_base) if stage == 2 else set()
         for name, parameter in self.base.named_parameters():
@@ -138,6 +148,12 @@ class MedusaModel(PreTrainedModel):
         # Dropout in a frozen base would only blur what the heads learn from.
         self.base.train(mode and self.stage == 2)
         return self
+
+    def _set_config(self, config: MedusaConfig) -> None:
+        self.medusa_config = config
+        self._ramp = config.ramp(0, 1)
+        self._needs_step = config.schedule != "constant"
+        self._fill_buffers()
 
     def _fill_buffers(self) -> None:
         for value, place in zip(self.medusa_config.coefficients(), self.coefficients, strict=True):
