@@ -117,8 +117,8 @@ def medusa_section(name: str, document: dict) -> str:
         "",
         f"`{environment['command']}`, {environment['date'][:10]}, torch {environment['versions']['torch']}, "
         f"transformers {environment['versions']['transformers']}. Result file: "
-        f"[{name}](../benchmarks/results/{name}). Optimizer {sizes['optimizer']}, residual blocks in each head: "
-        f"{sizes['head_layers']}.",
+        f"[{name}](../benchmarks/results/{name}). Optimizer {sizes['optimizer']}, residual blocks in each "
+        f"head: {sizes['head_layers']}.",
         "",
         "| stage | layers of the base | heads | tokens | tokens/s, transformers | liger-ops | ratio "
         "| GiB, transformers | liger-ops | ratio |",

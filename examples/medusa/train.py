@@ -79,10 +79,10 @@ class PlainTrainer(Trainer):
         medusa = self.accelerator.unwrap_model(model)
         labels = inputs["labels"]
         with torch.set_grad_enabled(medusa.stage == 2):
-            hidden = medusa.base.model(inputs["input_ids"], use_cache=False).last_hidden_state
+            hidden = medusa.causal_model.model(inputs["input_ids"], use_cache=False).last_hidden_state
         heads = list(zip(range(2, 2 + len(medusa.heads)), medusa.heads, medusa.coefficients, strict=True))
         if medusa.stage == 2:
-            heads.append((1, medusa.base.lm_head, 1.0))
+            heads.append((1, medusa.causal_model.lm_head, 1.0))
         loss = 0.0
         for ahead, head, coefficient in heads:
             logits = head(hidden)[:, :-ahead].flatten(0, 1)
