@@ -20,9 +20,10 @@ MEDUSA_PAGE = ROOT / "docs" / "medusa_results.md"
 
 INTRODUCTION = """# Performance
 
-Measured with `python -m benchmarks.run`; [benchmarks/README.md](../benchmarks/README.md) says how to read
-the columns and how the timing is done. Each section names its result file, which holds versions, driver,
-command and spread. This page is written by `python -m benchmarks.document`.
+Measured with `python -m benchmarks.models` and `python -m benchmarks.run`;
+[benchmarks/README.md](../benchmarks/README.md) says how to read the columns and how the timing is done. Each
+section names its result file, which holds versions, driver, command and spread. This page is written by
+`python -m benchmarks.document`.
 """
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
@@ -106,9 +107,24 @@ def accuracy_section(name: str, document: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def training_section(name: str, document: dict) -> str:
-    """Whole training steps: a picture and a table."""
+def same_training(documents: dict[str, dict]) -> list[dict[str, dict]]:
+    """The measurements of whole models, those of the same steps on the same device together."""
+    groups: dict[str, dict[str, dict]] = {}
+    for name, document in documents.items():
+        if "training_results" in document:
+            kind = {k: v for k, v in document["training"].items() if k != "steps"}
+            key = json.dumps([document["environment"]["device"], kind])
+            groups.setdefault(key, {})[name] = document
+    return list(groups.values())
+
+
+def training_section(documents: dict[str, dict]) -> str:
+    """Whole training steps: a picture and a table of one or more runs."""
+    name, document = next(iter(documents.items()))
     environment, training = document["environment"], document["training"]
+    models = {model: row for d in documents.values() for model, row in d["models"].items()}
+    results = [row for d in documents.values() for row in d["training_results"]]
+    document = document | {"models": models, "training_results": results}
     picture = f"{name.removesuffix('.json')}.png"
     plots.training(IMAGES / picture, document)
     checkpointing = "with" if training["activation_checkpointing"] else "without"
@@ -116,15 +132,20 @@ def training_section(name: str, document: dict) -> str:
         f"## {environment['device']}: training steps of whole models, "
         f"{training['batch']} x {training['length']} tokens, {training['dtype']}",
         "",
-        f"`{environment['command']}`, {environment['date'][:10]}, torch {environment['versions']['torch']}, "
-        f"transformers {environment['versions']['transformers']}. "
-        f"Result file: [{name}](../benchmarks/results/{name}).",
+        f"{environment['date'][:10]}, torch {environment['versions']['torch']}, "
+        f"transformers {environment['versions']['transformers']}. Commands and result files: "
+        + "; ".join(
+            f"`{d['environment']['command']}`, [{file}](../benchmarks/results/{file})"
+            for file, d in documents.items()
+        )
+        + ".",
         "",
         f"Random weights of the models' real layer shapes, random tokens, {training['optimizer']}, "
         f"{training['attention']} attention, {checkpointing} activation checkpointing; median of "
-        f"{training['steps']} steps after {training['warm_up_steps']}. *Beyond states* is the peak without "
-        "weights, gradients and optimizer states, which no kernel can change. The loss difference is the "
-        "largest of all steps, against transformers' own.",
+        f"{training['steps']} steps after {training['warm_up_steps']}. *Beyond states* is the peak less the "
+        "weights, gradients and optimizer states, which no kernel can change; gradients come as activations "
+        "go, so it can be less than the activations. The loss difference is the largest of all steps, "
+        "against transformers' own.",
         "",
         f"![tokens per second and peak memory of each model](images/{picture})",
         "",
@@ -136,8 +157,8 @@ def training_section(name: str, document: dict) -> str:
     def cell(record: dict, key: str, form: str, scale: float = 1) -> str:
         return format(record[key] / scale, form) if key in record else ""
 
-    for record in document["training_results"]:
-        model = document["models"][record["model"]]
+    for record in results:
+        model = models[record["model"]]
         layers = f"{record['layers']} of {model['layers']}" if "layers" in record else ""
         provider = record["provider"]
         cells = [
@@ -193,7 +214,7 @@ def medusa_section(name: str, document: dict) -> str:
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     # Other files hold host times or the demo's runs.
-    sections = [training_section(name, d) for name, d in documents.items() if "training_results" in d]
+    sections = [training_section(group) for group in same_training(documents)]
     sections += [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
     heads = [medusa_section(name, d) for name, d in documents.items() if d.get("benchmark") == "medusa"]
     PAGE.parent.mkdir(exist_ok=True)

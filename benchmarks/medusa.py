@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from . import report
+from .plots import COLOURS, plt
 from .shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -320,17 +321,12 @@ def title_of(document: dict) -> str:
 
 def draw(document: dict, path: Path) -> None:
     """Tokens per second above, peak memory below, a column for each stage and number of heads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = grouped(document["results"])
     columns = sorted({(stage, heads) for stage, heads, _ in groups})
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.2 * len(columns), 6), layout="constrained", squeeze=False, sharey="row"
     )
-    colours = {"plain": "tab:gray", "ours": "tab:blue"}
+    colours = {"plain": COLOURS["torch"], "ours": COLOURS["ours"]}
     labels = {"plain": "transformers", "ours": "liger-ops"}
     for column, (stage, heads) in enumerate(columns):
         lengths = sorted(length for s, h, length in groups if (s, h) == (stage, heads))
@@ -357,7 +353,8 @@ def draw(document: dict, path: Path) -> None:
         axes[1][column].set_xlabel("tokens per sequence")
     axes[0][0].set_ylabel("tokens/s")
     axes[1][0].set_ylabel("peak memory, GiB")
-    axes[0][0].legend(fontsize="small")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title_of(document), fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

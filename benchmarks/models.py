@@ -17,9 +17,8 @@ import multiprocessing
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -279,15 +278,31 @@ def preloaded() -> list[str]:
     return ["torch", "transformers", *modeling, "liger_ops.transformers"]
 
 
-def in_own_process(job: Job, context: multiprocessing.context.BaseContext) -> dict:
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(run, job).result()
-        except BrokenProcessPool:
-            failure = "the process died"
-        # Whatever a peer raises is a result of this benchmark.
-        except Exception as error:
-            failure = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+def send(job: Job, results: Connection) -> None:
+    """What a measurement's process runs."""
+    try:
+        results.send(run(job))
+    # Whatever a peer raises is a result of this benchmark.
+    except Exception as error:
+        failure = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        results.send({"model": job.model, "provider": job.provider, "failure": failure})
+
+
+def in_own_process(job: Job, context: multiprocessing.context.BaseContext, seconds: float) -> dict:
+    """The job's record, or why there is none: an error, a crash, or no result in that many seconds."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send, args=(job, sender))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()
+        failure = f"no result after {seconds:.0f} s"
+    except EOFError:
+        failure = "the process died"
+    finally:
+        process.kill()
+        process.join()
     return {"model": job.model, "provider": job.provider, "failure": failure}
 
 
@@ -353,6 +368,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="every model shrunk to a toy")
+    parser.add_argument(
+        "--job-limit", type=float, default=300, metavar="S", help="give up on one after (300)"
+    )
     parser.add_argument("--time-limit", type=float, metavar="S", help="start no measurement after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="commit to record, where this is no git checkout")
@@ -415,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
                 a.checkpointing,
                 a.seed,
             )
-            record = in_own_process(job, context)
+            record = in_own_process(job, context, a.job_limit)
             results.append(record)
             outcome = record.get("failure") or f"{record['tokens_per_second']:.0f} tokens/s"
             report.progress.print(f"{model} {provider}: {outcome} ({time.perf_counter() - started:.0f} s)")

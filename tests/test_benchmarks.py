@@ -2,8 +2,11 @@
 
 import functools
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,7 +157,7 @@ def test_training_steps_of_whole_models(tmp_path, monkeypatch):
     assert document["environment"]["command"].startswith("python -m benchmarks.models --device cpu")
 
     monkeypatch.setattr(pages, "IMAGES", tmp_path)
-    text = pages.training_section(target.name, document)
+    text = pages.training_section({target.name: document})
     assert "| Mixtral 8x7B | 2 of 32 | **liger-ops** |" in text
     assert (tmp_path / "models_test.png").read_bytes().startswith(b"\x89PNG")
 
@@ -168,6 +171,24 @@ def test_a_step_that_needs_too_much_memory_is_a_result(monkeypatch):
     monkeypatch.setattr(models, "build", build)
     job = models.Job("llama-3.1-8b", "liger-ops", 1, 8, 1, "cpu", "float32", True, None, False, 0)
     assert models.run(job) == {"model": job.model, "provider": job.provider, "failure": "out of memory"}
+
+
+@pytest.mark.parametrize(
+    "misbehave, failure",
+    [
+        (lambda: time.sleep(60), "no result after 1 s"),
+        (lambda: os._exit(3), "the process died"),
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["hangs", "crashes", "raises"],
+)
+def test_a_peer_that_misbehaves_is_a_result(monkeypatch, misbehave, failure):
+    from benchmarks import models
+
+    monkeypatch.setattr(models, "run", lambda job: misbehave())
+    job = models.Job("llama-3.1-8b", "liger-kernel", 1, 8, 1, "cpu", "float32", True, None, False, 0)
+    record = models.in_own_process(job, multiprocessing.get_context("fork"), 1)
+    assert record == {"model": job.model, "provider": job.provider, "failure": failure}
 
 
 def test_claims():
