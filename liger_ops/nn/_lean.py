@@ -57,7 +57,7 @@ def rebuildable(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def unhooked(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """``operator(*arguments)``, which saves no other's result: autograd by itself keeps what it saves quicker."""
+    """``operator(*arguments)``, which saves nobody else's result: autograd by itself is quicker."""
     if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
         return operator(*arguments)
     return _unhooked(operator, arguments)
@@ -148,11 +148,11 @@ class _Recipe:
             elif version is not None and argument._version != version:
                 raise _written_to(argument, version)
             arguments.append(argument)
-        # Quicker than no_grad(), which still goes through the operator's autograd kernel.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.operator(*arguments)
+        # Past the operator's autograd kernel, which takes its time without a gradient too.
         with _below_autograd():
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    return self.operator(*arguments)
             return self.operator(*arguments)
 
 
