@@ -127,7 +127,7 @@ def test_where_a_gradient_stops_nothing_is_computed_again(device):
 
 @pytest.mark.parametrize("mlp", ["swiglu", "geglu", "packed"])
 def test_compiled(mlp, device):
-    """Hooks are no obstacle to a full graph, and do nothing there; a checkpoint's contexts have the effect."""
+    """Hooks are no obstacle to a full graph, and do nothing there; a checkpoint's contexts do it."""
     from functorch.compile import min_cut_rematerialization_partition, nop
     from torch._dynamo.backends.common import aot_autograd
 

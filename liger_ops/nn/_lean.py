@@ -163,8 +163,15 @@ class _Recipe:
         for argument, version in zip(self.arguments, self.versions, strict=True):
             if type(argument) is _Output:
                 argument = argument.unpack()
-            elif version is not None and argument._version != version:
-                raise _written_to(argument, version)
+            elif version is not None:
+                if argument._version != version:
+                    raise _written_to(argument, version)
+                if argument.is_leaf and not argument.data_ptr() and argument.numel():
+                    raise RuntimeError(
+                        "a parameter was freed before backward could use it to compute a result again, which "
+                        "lean activations do earlier than the module's own backward: shard whole layers, or "
+                        "leave lean_activations off"
+                    )
             arguments.append(argument)
         if torch.is_grad_enabled():
             with torch.no_grad():

@@ -454,6 +454,19 @@ def test_fully_sharded(family, when, group, device):
     same(results[1], results[0])
 
 
+def test_norms_sharded_by_themselves(group, device):
+    """Their weights are freed when the products that follow ask for their results."""
+    model, _ = lean(device=device)
+    mesh = init_device_mesh(device, (1,))
+    for layer in text_model(model).layers:
+        fully_shard(layer.input_layernorm, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**batch(device)).loss
+    with pytest.raises(RuntimeError, match="freed before.*shard whole layers"):
+        loss.backward()
+
+
 def test_data_parallel(group, device):
     plain, model, _ = both(device=device)
     inputs = batch(device)
@@ -518,7 +531,8 @@ def test_loading(tmp_path):
 def test_option_of_the_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    from liger_ops.transformers import install, reports, uninstall
+    from liger_ops.transformers import install, uninstall
+    from liger_ops.transformers.trainer import reports
 
     install()
     try:
@@ -531,8 +545,8 @@ def test_option_of_the_trainer(tmp_path):
             use_liger_kernel=True,
             liger_kernel_config={"lean_activations": True},
         )
-        row = {name: tensor[0] for name, tensor in batch().items()}
-        Trainer(model, arguments, train_dataset=[row] * 4).train()
+        sample = {name: tensor[0] for name, tensor in batch().items()}
+        Trainer(model, arguments, train_dataset=[sample] * 4).train()
         assert [row.count for row in reports()[0].patched if row.option == "lean_activations"] == [2]
         assert all(_lean.is_lean(layer) for layer in text_model(model).layers)
     finally:
