@@ -124,7 +124,7 @@ def memory_of_a_step(model: torch.nn.Module, inputs: dict, step: Callable, cuda:
 
 
 def measure_host(device: torch.device, layers: int = 8) -> dict[str, float]:
-    """Microseconds of host time per layer, forward and backward, of a model so small that it is all."""
+    """Microseconds of host time per layer, forward and backward, of a model so small that nothing else is."""
     from liger_ops.transformers import patch, patched
 
     cuda = device.type == "cuda"

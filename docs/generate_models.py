@@ -44,6 +44,8 @@ which wrap it when the class is made, and would tie us to every version's layer.
 loss reads its weight and would leave the rest out: it is called, and `liger::cross_entropy` gets the logits |
 | a `loss_function` of the user's | it is called, with logits |
 
+Beside these, `lean_activations` (off) lets a model's layers keep less for backward: [memory.md](memory.md).
+
 The rotary functions are globals of the modeling module: until `undo()`, other models of the family run the
 operator too. It rounds once where the stock code rounds three times; otherwise the numbers are the same.
 """

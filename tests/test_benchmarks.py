@@ -202,3 +202,35 @@ def test_claims():
     assert verdict.holds and verdict.measured == "2.00x torch"
     assert not judge([row("rms_norm", "torch", 1.0), row("rms_norm", "ours", 2.0)], "cpu", 2048)[0].holds
     assert judge(results, "cpu", 64) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        ("lean", ["--shape", "tiny", "--layers", "2", "--length", "16", "--rounds", "1", "--steps", "1"]),
+        ("activations", ["--shape", "tiny", "--length", "16"]),
+    ],
+)
+def test_lean_activations(program, options, tmp_path, capsys):
+    """What is kept shrinks by what the formulas say, and the result can be drawn again."""
+    from benchmarks import activations, lean
+
+    target, picture = tmp_path / "result.json", tmp_path / "picture.svg"
+    main = {"lean": lean.main, "activations": activations.main}[program]
+    assert main(["--device", "cpu", "--dtype", "float32", "--json", str(target), *options]) == 0
+    document = json.loads(target.read_text())
+    assert f"benchmarks.{program}" in document["environment"]["command"]
+    plain, less = document["results"]
+    shape = SHAPES["tiny"]
+    saved = 4 * (2 * shape.hidden + shape.intermediate)
+    if program == "lean":
+        tokens = 2 * 16 * document["sizes"]["layers"]
+        assert plain["kept_for_backward_mib"] - less["kept_for_backward_mib"] == saved * tokens / 2**20
+        assert plain["losses"][0] == pytest.approx(less["losses"][0], rel=1e-2)
+        assert document["host"]["lean_us"] > 0
+    else:
+        assert plain["bytes_per_token"] - less["bytes_per_token"] == saved
+        pytest.importorskip("matplotlib")
+        assert main(["--from", str(target), "--picture", str(picture)]) == 0
+        assert "swiglu" in picture.read_text()
+        assert "computed again" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Modules over the operators, with Liger's class names and signatures. Nothing here imports transformers."""
 
+from liger_ops.nn._lean import lean_activations, lean_contexts
 from liger_ops.nn.add_rms_norm import LigerFusedAddRMSNorm
 from liger_ops.nn.cross_entropy import LigerCrossEntropyLoss
 from liger_ops.nn.experts import LigerExperts
@@ -22,4 +23,6 @@ __all__ = [
     "LigerRMSNormForGemma",
     "LigerRMSNormForGemma2",
     "LigerSwiGLUMLP",
+    "lean_activations",
+    "lean_contexts",
 ]

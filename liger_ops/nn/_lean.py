@@ -18,6 +18,11 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from liger_ops._library import load
+
+load()
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _graph_task = torch._C._current_graph_task_id
@@ -43,24 +48,24 @@ def rebuildable(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
     The operator has to give the same bits each time and to return a new, contiguous tensor.
     """
-    # Under the hooks of somebody within the layer, a checkpoint's for instance, the inputs need not be kept.
-    if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
+    if not _in_lean_layer():
         return operator(*arguments)
     recipe = _Recipe(operator, arguments)
     result = operator(*arguments) if recipe.nested else _unhooked(operator, arguments)
-    # Without a gradient the inputs are not kept.
-    if result.requires_grad and type(result) is Tensor:
-        recipe.dtype = result.dtype
-        result._liger_recipe = recipe
-        _thread.results.append(ref(result))
+    _attach(recipe, result)
+    return result
+
+
+def rebuilt_by(result: Tensor, operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """The result, which in a lean layer backward makes by ``operator(*arguments)`` instead of keeping it."""
+    if _in_lean_layer():
+        _attach(_Recipe(operator, arguments), result)
     return result
 
 
 def unhooked(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """``operator(*arguments)``, which saves no other's result: autograd alone keeps what it saves quicker."""
-    if torch.compiler.is_compiling() or not _thread.layers or not _is_ours(_top_hooks(True)):
-        return operator(*arguments)
-    return _unhooked(operator, arguments)
+    """``operator(*arguments)``, which saves nobody else's result: autograd by itself is quicker."""
+    return _unhooked(operator, arguments) if _in_lean_layer() else operator(*arguments)
 
 
 def _unhooked(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -69,6 +74,19 @@ def _unhooked(operator: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return operator(*arguments)
     finally:
         _push_hooks(_pack, _unpack)
+
+
+def _attach(recipe: _Recipe, result: Tensor) -> None:
+    # Without a gradient the arguments are not kept.
+    if result.requires_grad and type(result) is Tensor:
+        recipe.dtype = result.dtype
+        result._liger_recipe = recipe
+        _thread.results.append(ref(result))
+
+
+def _in_lean_layer() -> bool:
+    # Under the hooks of somebody within the layer, a checkpoint's for instance, nothing need be kept.
+    return not torch.compiler.is_compiling() and bool(_thread.layers) and _is_ours(_top_hooks(True))
 
 
 def _is_ours(hooks: tuple[Callable, Callable] | None) -> bool:
@@ -145,14 +163,21 @@ class _Recipe:
         for argument, version in zip(self.arguments, self.versions, strict=True):
             if type(argument) is _Output:
                 argument = argument.unpack()
-            elif version is not None and argument._version != version:
-                raise _written_to(argument, version)
+            elif version is not None:
+                if argument._version != version:
+                    raise _written_to(argument, version)
+                if argument.is_leaf and not argument.data_ptr() and argument.numel():
+                    raise RuntimeError(
+                        "a parameter was freed before backward could use it to compute a result again, which "
+                        "lean activations do earlier than the module's own backward: shard whole layers, or "
+                        "leave lean_activations off"
+                    )
             arguments.append(argument)
-        # Quicker than no_grad(), which still goes through the operator's autograd kernel.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.operator(*arguments)
+        # Past the operator's autograd kernel, which takes its time without a gradient too.
         with _below_autograd():
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    return self.operator(*arguments)
             return self.operator(*arguments)
 
 
@@ -310,8 +335,20 @@ def is_lean(layer: nn.Module) -> bool:
     return _enter in layer._forward_pre_hooks.values()
 
 
-def make_lean(layer: nn.Module) -> Callable[[], None]:
-    """Hook a layer, and return what takes that back."""
+def lean_activations(layer: nn.Module) -> Callable[[], None]:
+    """Let a layer keep less for backward, which computes the results of norms and gated activations again.
+
+    For layers of one's own, made of the modules of ``liger_ops.nn``; ``liger_ops.transformers.patch`` has an
+    option for Hugging Face's models. Gradients are the same, bit by bit. Inside other saved-tensor hooks
+    (activation checkpointing, ``save_on_cpu``) and under ``torch.compile`` it does nothing; for the latter
+    there is ``lean_contexts``.
+
+    Args:
+        layer: hooked before and after its forward, which stays what it is.
+
+    Returns:
+        A function that takes the hooks off.
+    """
     # The last before the forward and the first after it: what other hooks save is theirs.
     before = layer.register_forward_pre_hook(_enter)
     after = layer.register_forward_hook(_leave, prepend=True, always_call=True)
@@ -321,3 +358,27 @@ def make_lean(layer: nn.Module) -> Callable[[], None]:
         after.remove()
 
     return undo
+
+
+_RECOMPUTED = {
+    getattr(torch.ops.liger, name).default
+    for name in ("rms_norm", "layer_norm", "swiglu", "swiglu_packed", "geglu", "geglu_packed")
+}
+
+
+def lean_contexts() -> tuple[Any, Any]:
+    """Lean activations for ``torch.compile``: the ``context_fn`` of a checkpoint around each layer.
+
+    The compiler then keeps what it would keep without a checkpoint, except for the results of the norms and
+    gated activations, which it computes again. With Hugging Face's models::
+
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lean_contexts})
+        model = torch.compile(model)
+
+    Without ``torch.compile`` a checkpoint with these contexts keeps more than none at all.
+    """
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_RECOMPUTE if operator in _RECOMPUTED else CheckpointPolicy.PREFER_SAVE

@@ -15,6 +15,10 @@ from liger_ops.nn._lean import rebuildable
 from liger_ops.nn.swiglu import check_silu
 
 
+def _swiglu_packed(gate_up: Tensor) -> Tensor:
+    return rebuildable(LF.swiglu_packed, gate_up)
+
+
 class _Dispatch(torch.autograd.Function):
     """Copies of the tokens, one per slot, in the order of the experts.
 
@@ -64,7 +68,7 @@ def mixture_of_experts(
     top_k_weights: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    activation: Callable[[Tensor], Tensor] = LF.swiglu_packed,
+    activation: Callable[[Tensor], Tensor] = _swiglu_packed,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

@@ -16,7 +16,7 @@ from weakref import WeakSet, ref
 
 from torch import nn
 
-from liger_ops.nn._lean import is_lean, make_lean
+from liger_ops.nn._lean import is_lean, lean_activations
 from liger_ops.transformers.forwards import blocks
 from liger_ops.transformers.report import Patched, Skipped
 from liger_ops.transformers.sites import FLAG, Site, dispatcher, foreign, site
@@ -495,7 +495,7 @@ class LeanActivations(Part):
             name, size, already = row
             operator = f"keeps {size} bytes per token less, computed again in backward"
             plan.patched.append(Patched(self.option, name, rows.count(row), operator, already))
-        plan.apply += [functools.partial(make_lean, layer) for layer in layers if not is_lean(layer)]
+        plan.apply += [functools.partial(lean_activations, layer) for layer in layers if not is_lean(layer)]
         return plan
 
 

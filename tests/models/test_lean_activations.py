@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import (
     BATCH,
     LENGTH,
@@ -21,10 +22,12 @@ from tiny import (
     twin,
 )
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from benchmarks.allocations import Allocations
-from liger_ops.nn import _lean
+from liger_ops.nn import _lean, lean_contexts
 from liger_ops.transformers import patch, patched
 
 TOKENS = BATCH * LENGTH
@@ -379,3 +382,173 @@ def test_copies(device):
     forget_patches()
     assert kept_bytes(copied, **inputs) == kept_bytes(plain, **inputs)
     same(step(copied, **inputs), step(plain, **inputs))
+
+
+LORA = dict(r=4, init_lora_weights=False, lora_dropout=0.3)
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ["q_proj", "down_proj"]], ids=["all", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adapters(dtype, targets, device):
+    """Adapters keep float32 beside 16-bit weights; what their dropout drew is kept, not drawn again."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(**options):
+        model = tiny(device=device, dtype=dtype)
+        torch.manual_seed(3)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **LORA)).train()
+        patch(model, **options)
+        return model
+
+    inputs = batch(device)
+    results, kept = [], []
+    for model in (adapted(), adapted(lean_activations=True)):
+        torch.manual_seed(4)
+        results.append(step(model, **inputs))
+        kept.append(kept_bytes(model, **inputs))
+    same(results[1], results[0])
+    assert any("lora_A" in name for name in results[0][1])
+    assert kept[1] <= kept[0]
+    # Without dropout the adapters save what the norms return, or its copy in float32.
+    for model in (adapted(), adapted(lean_activations=True)):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0
+        model.eval()
+        results.append(step(model, **inputs))
+        kept.append(kept_bytes(model, **inputs))
+    same(results[3], results[2])
+    assert kept[3] < kept[2]
+
+
+@pytest.fixture
+def group(tmp_path, device):
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2", "phi3"])
+def test_fully_sharded(family, when, group, device):
+    def sharded(**options):
+        model = tiny(family, device)
+        if when == "before":
+            patch(model, **options)
+        mesh = init_device_mesh(device, (1,))
+        for layer in text_model(model).layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if when == "after":
+            patch(model, **options)
+        return model
+
+    inputs = batch(device, family=family)
+    results = []
+    for model in (sharded(), sharded(lean_activations=True)):
+        for _ in range(2):
+            loss, gradients = step(model, **inputs)
+        results.append((loss, {name: gradient.full_tensor() for name, gradient in gradients.items()}))
+    same(results[1], results[0])
+
+
+def test_norms_sharded_by_themselves(group, device):
+    """Their weights are freed when the products that follow ask for their results."""
+    model, _ = lean(device=device)
+    mesh = init_device_mesh(device, (1,))
+    for layer in text_model(model).layers:
+        fully_shard(layer.input_layernorm, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**batch(device)).loss
+    with pytest.raises(RuntimeError, match="freed before.*shard whole layers"):
+        loss.backward()
+
+
+def test_data_parallel(group, device):
+    plain, model, _ = both(device=device)
+    inputs = batch(device)
+    results = []
+    for one in (plain, model):
+        parallel = torch.nn.parallel.DistributedDataParallel(one)
+        for _ in range(2):
+            one.zero_grad()
+            loss = parallel(**inputs).loss
+            loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in one.named_parameters()}))
+    same(results[1], results[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_compiled(family, device):
+    torch.compiler.reset()
+    plain, model, _ = both(family, device)
+    inputs = batch(device)
+    expected_loss, expected = step(plain, **inputs)
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+    # Parts that are compiled, in a layer that is not.
+    for layer in text_model(model).layers:
+        layer.mlp.compile(backend="aot_eager")
+    loss, gradients = step(model, **inputs)
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_contexts_for_a_compiled_model(device):
+    torch.compiler.reset()
+    model = tiny(device=device)
+    patch(model)
+    model.config.use_cache = False
+    inputs = batch(device)
+    expected_loss, expected = step(model, **inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lean_contexts})
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
+    model.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_loading(tmp_path):
+    from liger_ops.transformers import AutoLigerKernelForCausalLM, apply_liger_kernel_to_llama
+
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = AutoLigerKernelForCausalLM.from_pretrained(tmp_path, lean_activations=True)
+    assert all(_lean.is_lean(layer) for layer in text_model(loaded).layers)
+    apply_liger_kernel_to_llama(model=model, lean_activations=True)
+    assert all(_lean.is_lean(layer) for layer in text_model(model).layers)
+
+
+def test_option_of_the_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from liger_ops.transformers import install, uninstall
+    from liger_ops.transformers.trainer import reports
+
+    install()
+    try:
+        model = tiny()
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            use_cpu=True,
+            report_to="none",
+            use_liger_kernel=True,
+            liger_kernel_config={"lean_activations": True},
+        )
+        sample = {name: tensor[0] for name, tensor in batch().items()}
+        Trainer(model, arguments, train_dataset=[sample] * 4).train()
+        assert [row.count for row in reports()[0].patched if row.option == "lean_activations"] == [2]
+        assert all(_lean.is_lean(layer) for layer in text_model(model).layers)
+    finally:
+        uninstall()
+    assert not any(_lean.is_lean(layer) for layer in text_model(model).layers)
