@@ -165,6 +165,12 @@ def test_switching_stages(device):
     assert not any(p.requires_grad for p in base.parameters())
     with pytest.raises(ValueError, match="stage must be 1 .* or 2 .*, got 3"):
         model.set_stage(3)
+    with pytest.raises(
+        TypeError, match="set_stage cannot change num_heads; the losses' weights are decay, h"
+    ):
+        model.set_stage(1, num_heads=3)
+    model.set_stage(1, decay=0.5, heads_coefficient=2.0)
+    assert model.coefficients.tolist() == [1.0, 0.5]
     with pytest.raises(ValueError, match="no parameter of it required a gradient"):
         add_medusa_heads(tiny("llama", device).requires_grad_(False), stage=2)
 
