@@ -59,7 +59,7 @@ SIZES = {
     ),
     "small": Size(
         dict(hidden_size=192, intermediate_size=512, num_hidden_layers=3, num_attention_heads=6),
-        600_000, 2000, 128, 8, base_steps=400, stage_1_steps=200, stage_2_steps=60,
+        600_000, 2000, 128, 8, base_steps=300, stage_1_steps=150, stage_2_steps=40,
     ),
     "llama-3-8b": Size(
         dict(
