@@ -167,6 +167,11 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch's own error, or that of cuBLAS, which allocates for itself."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -259,7 +264,9 @@ def run(a: argparse.Namespace, device: torch.device) -> tuple[list[dict], bool]:
             try:
                 row |= measure(name, built["model"], ids, a)
                 losses[name] = row["loss"]
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 row |= {"tokens_per_second": None, "peak_memory_gib": None, "failure": OUT_OF_MEMORY}
             release(device)
             results.append(row)

@@ -298,6 +298,16 @@ def test_logits_are_never_held(device):
     assert max(sizes) < hidden[..., 0].numel() * VOCAB
 
 
+def test_meta_tensors():
+    hidden, modules, labels, coefficients = (
+        each.to("meta") if hasattr(each, "to") else each for each in make()
+    )
+    hidden = hidden.detach().requires_grad_()
+    loss, losses = medusa_loss(hidden, modules.tensors(), targets_of(labels), coefficients)
+    assert loss.shape == () and losses.shape == (3,) and loss.is_meta
+    assert all(g.is_meta for g in gradients(loss, hidden, modules))
+
+
 def test_errors(device):
     hidden, modules, labels, coefficients = make(device)
     with pytest.raises(ValueError, match=r"targets must have shape \(2, 9\).*got \(2, 8\)"):

@@ -29,7 +29,9 @@ def example(output, *options):
 
 
 def test_example_learns_to_propose(tmp_path):
-    results, printed = example(tmp_path)
+    results, printed = example(
+        tmp_path, "--base-steps", "120", "--stage-1-steps", "60", "--stage-2-steps", "8"
+    )
     before, after = (results[name]["acceptance_length"] for name in ("heads added", "stage 1"))
     assert after > before + 0.1
     for name in ("heads added", "stage 1", "stage 2"):

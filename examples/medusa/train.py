@@ -59,7 +59,7 @@ SIZES = {
     ),
     "small": Size(
         dict(hidden_size=192, intermediate_size=512, num_hidden_layers=3, num_attention_heads=6),
-        600_000, 2000, 128, 8, base_steps=400, stage_1_steps=200, stage_2_steps=60,
+        600_000, 2000, 128, 8, base_steps=300, stage_1_steps=150, stage_2_steps=40,
     ),
     "llama-3-8b": Size(
         dict(
@@ -107,24 +107,26 @@ class StepClock(TrainerCallback):
         return seconds[len(seconds) // 2] if seconds else float("nan")
 
 
-def prepare_text(options: argparse.Namespace, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token blocks to train on, and held-out ones."""
+def prepare_text(options: argparse.Namespace, size: Size) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Token blocks to train on, held-out ones, and the token that ends a text."""
     documents = load_documents(options.dataset, "text", size.text)
     tokenizer = train_tokenizer(documents, size.vocabulary, options.output)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
-    blocks = to_blocks(encoded, tokenizer.token_to_id(END_OF_TEXT), options.length)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    blocks = to_blocks(encoded, end, options.length)
     held_out = max(1, min(8, len(blocks) // 10))
     if len(blocks) <= held_out:
         raise SystemExit(f"the text makes {len(blocks)} sequences of {options.length} tokens: too few")
     # From all over the text: its end is one document.
     chosen = torch.zeros(len(blocks), dtype=torch.bool)
     chosen[torch.linspace(0, len(blocks) - 1, held_out).long()] = True
-    return blocks[~chosen], blocks[chosen]
+    return blocks[~chosen], blocks[chosen], end
 
 
-def build_base(options: argparse.Namespace, size: Size) -> LlamaForCausalLM:
+def build_base(options: argparse.Namespace, size: Size, end: int) -> LlamaForCausalLM:
     config = LlamaConfig(
-        **dict(vocab_size=size.vocabulary, max_position_embeddings=2 * options.length) | size.config
+        **dict(vocab_size=size.vocabulary, max_position_embeddings=2 * options.length, eos_token_id=end)
+        | size.config
     )
     cuda = options.device == "cuda"
     default = torch.get_default_dtype()
@@ -260,8 +262,8 @@ def main() -> None:
     size = SIZES[options.shape]
     set_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    blocks, held_out = prepare_text(options, size)
-    base = build_base(options, size)
+    blocks, held_out, end = prepare_text(options, size)
+    base = build_base(options, size, end)
     if not options.plain:
         console.print(patch(base))
     report: dict = {"options": {k: str(v) for k, v in vars(options).items()}}

@@ -70,6 +70,9 @@ def _decode(
     # Without a configuration every layer keeps all positions: one with a sliding window could not take back
     # proposals that pushed others out. The window is in the attention mask.
     cache = DynamicCache()
+    if hasattr(backbone, "rope_deltas"):
+        # Qwen2-VL keeps how far images moved the positions of the text before, which this one may not have.
+        backbone.rope_deltas = None
     outputs = backbone(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -25,6 +25,14 @@ class HeadTensors(NamedTuple):
         return cls(tuple(zip(blocks[::2], blocks[1::2], strict=True)), weight, bias)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products where ``x`` is, or None outside of it."""
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def residual_block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x + SiLU(x @ weightᵀ + bias)`` of (…, H)."""
     return x + F.silu(F.linear(x, weight, bias))

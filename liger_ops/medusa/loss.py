@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import liger_ops.functional as LF
-from liger_ops.medusa.heads import HeadTensors, residual_block
+from liger_ops.medusa.heads import HeadTensors, autocast_dtype, residual_block
 
 
 class MedusaLoss(NamedTuple):
@@ -84,6 +84,11 @@ def medusa_loss(
             "the gradient with respect to coefficients is not implemented; detach() them"
         )
     targets = targets.to(hidden_states.device)
+    # Once for all heads.
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(hidden_states.device, non_blocking=True)
+    elif num_items is not None:
+        num_items = torch.full((), num_items, device=hidden_states.device, dtype=torch.float32)
     options = dict(
         ignore_index=ignore_index,
         num_items=num_items,
@@ -95,7 +100,7 @@ def medusa_loss(
     def head_loss(index: int, x: Tensor, head: HeadTensors) -> Tensor:
         shifted = pad(targets, (0, shifts[index]), value=ignore_index)[..., shifts[index] :]
         # Heads may be kept in float32 beside a base in 16 bits; autocast sees to the dtypes by itself.
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x) is None:
             x = x.to(head.weight.dtype)
         for weight, bias in head.blocks:
             x = residual_block(x, weight, bias)
@@ -114,13 +119,12 @@ def medusa_loss(
 
 
 def _accumulates(hidden_states: Tensor, heads: Sequence[HeadTensors]) -> bool:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or hidden_states.is_meta:
         return False
-    device = hidden_states.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtypes = {torch.get_autocast_dtype(device) if autocast else head.weight.dtype for head in heads}
+    cast = autocast_dtype(hidden_states)
+    dtypes = {hidden_states.dtype, *(cast or head.weight.dtype for head in heads)}
     tensors = (hidden_states, *(tensor for head in heads for tensor in head.flat()))
-    return torch.float16 not in dtypes | {hidden_states.dtype} and any(
+    return torch.float16 not in dtypes and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
 

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
 from liger_ops.medusa.config import MedusaConfig
 from liger_ops.medusa.generation import MedusaGeneration, generate
-from liger_ops.medusa.heads import HeadTensors, MedusaHeads
+from liger_ops.medusa.heads import HeadTensors, MedusaHeads, autocast_dtype
 from liger_ops.medusa.loss import medusa_loss
 from liger_ops.transformers.families import family_of, supported_model_types
 from liger_ops.transformers.forwards.causal_lm import balance_loss
@@ -210,7 +210,7 @@ class MedusaModel(PreTrainedModel):
 
     def head_logits(self, hidden_states: Tensor) -> list[Tensor]:
         """Logits of every Medusa head for the base's last hidden states."""
-        if not torch.is_autocast_enabled(hidden_states.device.type):
+        if autocast_dtype(hidden_states) is None:
             hidden_states = hidden_states.to(self.heads[0][-1].weight.dtype)
         return [self._capped(logits) for logits in self.heads(hidden_states)]
 

@@ -61,7 +61,8 @@ class MedusaCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._hook: Any = None
-        self._sums: dict[str, torch.Tensor] = {}
+        # By device: replicas of DataParallel each have theirs.
+        self._sums: dict[tuple[str, torch.device], torch.Tensor] = {}
         self._forwards = self._steps = 0
         self._shared = False
 
@@ -85,13 +86,11 @@ class MedusaCallback(TrainerCallback):
         factor = 1.0
         if self._shared and getattr(args, "average_tokens_across_devices", False):
             factor = float(args.world_size)
-        entry = {}
-        for name, total in self._sums.items():
-            values = (total * factor / max(1, count)).tolist()
-            if name == "base_loss":
-                entry[name] = values[0]
-            else:
-                entry |= {f"head_{k}_loss": value for k, value in enumerate(values, start=1)}
+        entry: dict[str, float] = {}
+        for (name, _), total in self._sums.items():
+            for k, value in enumerate((total * factor / max(1, count)).tolist(), start=1):
+                key = "base_loss" if name == "base_loss" else f"head_{k}_loss"
+                entry[key] = entry.get(key, 0.0) + value
         logs |= entry
         if state.log_history:
             state.log_history[-1] |= entry
@@ -108,7 +107,8 @@ class MedusaCallback(TrainerCallback):
         for name in ("base_loss", "head_losses"):
             losses = output.get(name) if hasattr(output, "get") else None
             if losses is not None:
-                self._sums[name] = losses + self._sums[name] if name in self._sums else losses
+                key = (name, losses.device)
+                self._sums[key] = losses + self._sums[key] if key in self._sums else losses
 
     def _release(self) -> None:
         if self._hook is not None:

@@ -165,6 +165,12 @@ def test_switching_stages(device):
     assert not any(p.requires_grad for p in base.parameters())
     with pytest.raises(ValueError, match="stage must be 1 .* or 2 .*, got 3"):
         model.set_stage(3)
+    with pytest.raises(
+        TypeError, match="set_stage cannot change num_heads; the losses' weights are decay, h"
+    ):
+        model.set_stage(1, num_heads=3)
+    model.set_stage(1, decay=0.5, heads_coefficient=2.0)
+    assert model.coefficients.tolist() == [1.0, 0.5]
     with pytest.raises(ValueError, match="no parameter of it required a gradient"):
         add_medusa_heads(tiny("llama", device).requires_grad_(False), stage=2)
 
@@ -260,8 +266,7 @@ def test_deepcopy_and_pickle(device):
         torch.testing.assert_close(other(**inputs).loss, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "backend"), [(1, "aot_eager"), (2, "aot_eager"), (2, "inductor")])
 def test_compiled(stage, backend, device):
     torch.compiler.reset()
     model = medusa("llama", device, stage)
@@ -456,6 +461,13 @@ def test_generates_with_images(family, device):
         got = model.generate(**one, max_new_tokens=10)
         expected = model.base.generate(**one, max_new_tokens=10, do_sample=False, pad_token_id=0)
         assert torch.equal(got.sequences, expected)
+    # Nothing of the images is left for a text without.
+    ids = batch(device)["input_ids"][:1]
+    got = model.generate(ids, max_new_tokens=10)
+    fresh = medusa(family, device).eval()
+    fresh.causal_model.generation_config.eos_token_id = None
+    expected = fresh.base.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert torch.equal(got.sequences, expected)
 
 
 def test_untrained_heads_change_nothing_but_the_speed(device):

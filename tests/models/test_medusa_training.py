@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_trainer import dataset
-from tiny import assert_same_gradients, batch, tiny
+from tiny import Operators, assert_same_gradients, batch, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from liger_ops.medusa import MedusaCallback, MedusaModel, add_medusa_heads, parameter_groups
-from liger_ops.transformers import patch
+from liger_ops.transformers import install, patch, uninstall
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -133,8 +133,9 @@ def test_resume(stage, arguments, device, tmp_path, caplog):
         dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)),
         dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)),
         dict(eval_strategy="steps", eval_steps=2),
+        dict(torch_compile=True, torch_compile_backend="aot_eager"),
     ],
-    ids=["bf16", "fp16", "checkpointing", "reentrant_checkpointing", "evaluation"],
+    ids=["bf16", "fp16", "checkpointing", "reentrant_checkpointing", "evaluation", "compile"],
 )
 @pytest.mark.parametrize("stage", [1, 2])
 def test_trainer_options(stage, options, arguments, device):
@@ -154,6 +155,18 @@ def test_trainer_options(stage, options, arguments, device):
     )
     if extra:
         assert entries(trainer, "eval_columns") == [model.config.vocab_size] * 2
+
+
+def test_the_trainers_flag_patches_the_base(arguments, device):
+    install()
+    try:
+        model = add_medusa_heads(tiny("llama", device), num_heads=2, stage=2)
+        with Operators() as operators:
+            run(model, arguments(use_liger=True))
+    finally:
+        uninstall()
+    assert operators.calls["fused_linear_cross_entropy"] == 3 * 4
+    assert operators.calls["rms_norm"] == 5 * 4
 
 
 def test_parameter_groups(arguments, device):
