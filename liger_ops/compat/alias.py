@@ -92,7 +92,7 @@ class _Alias(types.ModuleType):
 
 
 class _Distribution(importlib.metadata.Distribution):
-    """What ``importlib.metadata`` says of ``liger-kernel``: frameworks look its version up before they use it."""
+    """What ``importlib.metadata`` says of ``liger-kernel``: frameworks look its version up first."""
 
     _files = {
         "METADATA": f"Metadata-Version: 2.1\nName: liger-kernel\nVersion: {VERSION}\n",

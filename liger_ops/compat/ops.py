@@ -139,8 +139,8 @@ def fused_linear_cross_entropy_forward(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """What ``LigerFusedLinearCrossEntropyFunction`` returns, and the gradients of input, weight and bias for an
-    upstream gradient of one; None for those that require none."""
+    """What ``LigerFusedLinearCrossEntropyFunction`` returns, and the gradients of input, weight and bias for
+    an upstream gradient of one; None for those that require none."""
     leaves = [
         None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
         for tensor in (_input, weight, bias)

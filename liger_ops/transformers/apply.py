@@ -152,7 +152,7 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> PatchRep
 
 
 def _of_family(model_type: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options without those that only other families have: frameworks pass ``swiglu`` whatever the model."""
+    """The options without those of other families alone: frameworks pass ``swiglu`` to any model."""
     family = family_of(model_type)
     if family is None:
         return options

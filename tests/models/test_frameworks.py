@@ -34,8 +34,8 @@ VERSIONS = {
 PATCHERS = (
     "gemma gemma2 gemma3 gemma3_text glm4 glm4v glm4v_moe gpt_oss granite internvl llama llama4 llava mistral "
     "mixtral mllama olmo2 paligemma phi3 qwen2 qwen2_vl qwen2_5_vl qwen3 qwen3_moe qwen3_next qwen3_5"
-).split()
-OURS = "gemma gemma2 llama mistral mixtral mllama phi3 qwen2 qwen2_vl".split()
+).split()  # noqa: SIM905
+OURS = ["gemma", "gemma2", "llama", "mistral", "mixtral", "mllama", "phi3", "qwen2", "qwen2_vl"]
 
 # (module, names) by project: those that the alias has, and those that it has not.
 SERVED = {
@@ -163,7 +163,7 @@ AXOLOTL_FLAGS = dict(
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen2_vl", "mllama", "phi3", "mixtral"])
 def test_axolotl(model_type):
-    """The family's function, before the model is built, with the flags that its signature names; unset is None."""
+    """The family's function, class-wide, with the flags that its signature names; unset ones are None."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
