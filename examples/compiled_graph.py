@@ -2,8 +2,8 @@
 
     python examples/compiled_graph.py
 
-Each call of `torch.ops.liger` is one node with known shapes. Nothing breaks the graph, nothing is traced into,
-and sizes stay symbolic.
+Each call of `torch.ops.liger` is one node with known shapes. Nothing breaks the graph, nothing is traced
+into, and sizes stay symbolic.
 """
 
 from __future__ import annotations

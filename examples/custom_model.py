@@ -2,8 +2,8 @@
 
     python examples/custom_model.py
 
-A decoder as in LLaMA. The residual stream and the norm after it are one operator (`add_rms_norm`), gate and up
-are one matrix (`swiglu_packed`), and the loss comes straight from the hidden states
+A decoder as in LLaMA. The residual stream and the norm after it are one operator (`add_rms_norm`), gate and
+up are one matrix (`swiglu_packed`), and the loss comes straight from the hidden states
 (`fused_linear_cross_entropy`), so that logits exist for generation only.
 """
 

@@ -15,7 +15,7 @@ def patterns() -> dict[str, re.Pattern]:
     """The messages in headings; under "Reasons in a report", those in the text too."""
     quoted = [text for heading in re.findall(r"^### (.*)$", PAGE, re.MULTILINE) for text in _quoted(heading)]
     reasons = PAGE.split("## Reasons in a report")[1].split("\n## ")[0]
-    quoted += [text for text in _quoted(reasons) if text not in quoted and " " in text and "(" != text[-1]]
+    quoted += [text for text in _quoted(reasons) if text not in quoted and " " in text and text[-1] != "("]
     return {text: re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in quoted}
 
 

@@ -31,10 +31,11 @@ VERSIONS = {
     "TRL": "1.16.0",
 }
 
-PATCHERS = (
-    "gemma gemma2 gemma3 gemma3_text glm4 glm4v glm4v_moe gpt_oss granite internvl llama llama4 llava mistral "
-    "mixtral mllama olmo2 paligemma phi3 qwen2 qwen2_vl qwen2_5_vl qwen3 qwen3_moe qwen3_next qwen3_5"
-).split()  # noqa: SIM905
+FAMILIES = (
+    "gemma gemma2 gemma3 gemma3_text glm4 glm4v glm4v_moe gpt_oss granite internvl llama llama4 llava "
+    "mistral mixtral mllama olmo2 paligemma phi3 qwen2 qwen2_vl qwen2_5_vl qwen3 qwen3_moe qwen3_next qwen3_5"
+)
+PATCHERS = FAMILIES.split()
 OURS = ["gemma", "gemma2", "llama", "mistral", "mixtral", "mllama", "phi3", "qwen2", "qwen2_vl"]
 
 # (module, names) by project: those that the alias has, and those that it has not.
