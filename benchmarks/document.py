@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and docs/accuracy.md from the JSON files in benchmarks/results.
+"""Writes docs/performance.md, accuracy.md and medusa_results.md from the JSON files in benchmarks/results.
 
     python -m benchmarks.document
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 
+from . import medusa
 from .report import RESULTS, ROOT, digits
 
 PAGE = ROOT / "docs" / "performance.md"
 ACCURACY_PAGE = ROOT / "docs" / "accuracy.md"
+MEDUSA_PAGE = ROOT / "docs" / "medusa_results.md"
 
 INTRODUCTION = """# Performance
 
@@ -99,14 +101,51 @@ def accuracy_section(name: str, document: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+MEDUSA = """# Training Medusa heads, measured
+
+A training step (forward, backward, optimizer) of plain transformers with the logits of every head, and of
+liger_ops, on the same weights and tokens; [medusa.md](medusa.md) says what is trained and
+`python -m benchmarks.medusa --help` how it is measured. Memory is the most that PyTorch had allocated, with
+weights, gradients and optimizer state. This page is written by `python -m benchmarks.document`.
+"""
+
+
+def medusa_section(name: str, document: dict) -> str:
+    environment, sizes = document["environment"], document["sizes"]
+    lines = [
+        f"## {environment['device']}: {sizes['shape']} layers, batch {sizes['batch']}, {sizes['dtype']}",
+        "",
+        f"`{environment['command']}`, {environment['date'][:10]}, torch {environment['versions']['torch']}, "
+        f"transformers {environment['versions']['transformers']}. Result file: "
+        f"[{name}](../benchmarks/results/{name}). Optimizer {sizes['optimizer']}, residual blocks in each "
+        f"head: {sizes['head_layers']}.",
+        "",
+        "| stage | layers of the base | heads | tokens | tokens/s, transformers | liger-ops | ratio "
+        "| GiB, transformers | liger-ops | ratio |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (stage, heads, length), rows in medusa.grouped(document["results"]).items():
+        layers = next(iter(rows.values()))["layers"]
+        row = [stage, layers, heads, length]
+        row += medusa.cells(rows, "tokens_per_second", ",.0f") + medusa.cells(rows, "peak_memory_gib", ".1f")
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    image = medusa.IMAGES / name.replace(".json", ".png")
+    if image.exists():
+        lines += ["", f"![tokens per second and peak memory](images/{image.name})"]
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     # Other files hold host times or training runs.
     sections = [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
+    heads = [medusa_section(name, d) for name, d in documents.items() if d.get("benchmark") == "medusa"]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([INTRODUCTION, *sections]))
     measured = [accuracy_section(name, d) for name, d in documents.items() if "lines" in d]
     ACCURACY_PAGE.write_text("\n".join([ACCURACY, *measured]))
+    if heads:
+        MEDUSA_PAGE.write_text("\n".join([MEDUSA, *heads]))
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(device: torch.device, commit: str | None) -> dict:
+def environment(device: torch.device, commit: str | None, module: str = "benchmarks.run") -> dict:
     """Everything one needs to repeat a run, and nothing about whose machine it was."""
     head = first_line_of("git", "rev-parse", "HEAD")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": commit or head,
         "uncommitted_changes": head and first_line_of("git", "status", "--porcelain") is not None,
         "device": processor(),

@@ -150,7 +150,7 @@ def build(
         results = {name: getattr(result, name, getattr(outputs, name, None)) for name in output_fields}
         results["logits"] = logits
         if balance:
-            aux_loss = _balance_loss(self, balance, arguments, outputs.router_logits)
+            aux_loss = balance_loss(self, balance, arguments, outputs.router_logits)
             if result.loss is not None and aux_loss is not None:
                 results["loss"] = result.loss + self.router_aux_loss_coef * aux_loss.to(result.loss.device)
             results["aux_loss"] = aux_loss
@@ -164,7 +164,7 @@ def build(
     return forward
 
 
-def _balance_loss(
+def balance_loss(
     model: nn.Module,
     balance: Callable[..., torch.Tensor],
     arguments: dict[str, Any],

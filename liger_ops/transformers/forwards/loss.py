@@ -30,7 +30,7 @@ def next_token_targets(labels: torch.Tensor, ignore_index: int = -100) -> torch.
     return pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-def _single_number(num_items: torch.Tensor | int | float | None) -> torch.Tensor | int | float | None:
+def single_number(num_items: torch.Tensor | int | float | None) -> torch.Tensor | int | float | None:
     # nn.DataParallel needs a dimension to scatter, so the Trainer expands the number to (devices, 1).
     if isinstance(num_items, torch.Tensor) and num_items.dim() > 0:
         return num_items.flatten()[0]
@@ -64,7 +64,7 @@ def logits_loss(
     Returns:
         0-d fp32 loss and what else was asked for; predicted tokens are (B, S).
     """
-    num_items = _single_number(num_items_in_batch)
+    num_items = single_number(num_items_in_batch)
     result = _on_tokens(
         LF.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
@@ -148,7 +148,7 @@ def fused_causal_lm_loss(
         weight,
         targets.reshape(-1).to(hidden_states.device),
         bias,
-        num_items=_single_number(num_items_in_batch),
+        num_items=single_number(num_items_in_batch),
         **options,
     )
     return _on_tokens(result, targets)
