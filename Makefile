@@ -16,13 +16,14 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
 
-.PHONY: help venv build test test-gpu test-newest lint format demo bench docs clean
+.PHONY: help venv build test test-gpu test-newest lint format demo bench notebooks docs clean
 
 help:
 	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
 	@echo "make test    set up, build, and run the test suite"
 	@echo "make bench   set up, build, and measure every operator against its peers"
 	@echo "make test-newest  test the Hugging Face layer on the newest transformers and TRL"
+	@echo "make notebooks  run the notebooks in place, outputs included"
 	@echo "make docs    build the documentation's site into build/site, which needs no network"
 	@echo "make lint    check formatting and style       make format   mend them"
 	@echo "make build   set up and build                 make clean    remove the build"
@@ -79,6 +80,9 @@ demo: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run
+
+notebooks: build
+	$(BIN)/python notebooks/make.py
 
 # The warning is about the future of MkDocs, not about these pages.
 docs: venv

@@ -32,7 +32,11 @@ INCLUDED = {
     },
 }
 ORIGINS = {page: origin for origin, page in INCLUDED.items()}
-LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
+# In Markdown, and in HTML within it.
+LINKS = (
+    re.compile(r"(?<!`)(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))"),
+    re.compile(r"""(<[^>]*\b(?:href|src|srcset)=")(?!\w+:|#|/)([^"\s#]+)(#[^"\s]*)?(")"""),
+)
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 LANGUAGES = {
     ".py": "python",
@@ -95,11 +99,16 @@ def relinked(markdown: str, origin: str, page: str) -> tuple[str, set[str]]:
             f"{match[1]}{posixpath.relpath(place, posixpath.dirname(page) or '.')}{match[3] or ''}{match[4]}"
         )
 
+    def relink(text: str) -> str:
+        for pattern in LINKS:
+            text = pattern.sub(link, text)
+        return text
+
     pieces, last = [], 0
     for fence in FENCE.finditer(markdown):
-        pieces += [LINK.sub(link, markdown[last : fence.start()]), fence[0]]
+        pieces += [relink(markdown[last : fence.start()]), fence[0]]
         last = fence.end()
-    return "".join([*pieces, LINK.sub(link, markdown[last:])]), shown
+    return "".join([*pieces, relink(markdown[last:])]), shown
 
 
 def page_of(target: str) -> str:
