@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 
-from . import medusa
+from . import medusa, plots
 from .report import RESULTS, ROOT, digits
 
 PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
 ACCURACY_PAGE = ROOT / "docs" / "accuracy.md"
 MEDUSA_PAGE = ROOT / "docs" / "medusa_results.md"
 
@@ -29,6 +30,8 @@ MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 def section(name: str, document: dict) -> str:
     environment, sizes = document["environment"], document["sizes"]
+    picture = f"{name.removesuffix('.json')}.png"
+    plots.operators(IMAGES / picture, document)
     lines = [
         f"## {environment['device']}: {sizes['shape']}, {sizes['tokens']} tokens, {sizes['dtype']}",
         "",
@@ -39,6 +42,8 @@ def section(name: str, document: dict) -> str:
         f"heads {sizes['heads']}/{sizes['kv_heads']} x {sizes['head_dim']}, batch {sizes['batch']}. "
         f"Measured in the same run: copy {document['rates']['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
         f"matrix products {document['rates']['floor_flops_per_s'] / 1e12:.3g} TFLOP/s.",
+        "",
+        f"![time of forward and backward of each operator](images/{picture})",
         "",
         "| operator | pass | implementation | ms | of the floor | memory beyond results, MiB |",
         "|---|---|---|--:|--:|--:|",
@@ -101,6 +106,56 @@ def accuracy_section(name: str, document: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+def training_section(name: str, document: dict) -> str:
+    """Whole training steps: a picture and a table."""
+    environment, training = document["environment"], document["training"]
+    picture = f"{name.removesuffix('.json')}.png"
+    plots.training(IMAGES / picture, document)
+    checkpointing = "with" if training["activation_checkpointing"] else "without"
+    lines = [
+        f"## {environment['device']}: training steps of whole models, "
+        f"{training['batch']} x {training['length']} tokens, {training['dtype']}",
+        "",
+        f"`{environment['command']}`, {environment['date'][:10]}, torch {environment['versions']['torch']}, "
+        f"transformers {environment['versions']['transformers']}. "
+        f"Result file: [{name}](../benchmarks/results/{name}).",
+        "",
+        f"Random weights of the models' real layer shapes, random tokens, {training['optimizer']}, "
+        f"{training['attention']} attention, {checkpointing} activation checkpointing; median of "
+        f"{training['steps']} steps after {training['warm_up_steps']}. *Beyond states* is the peak without "
+        "weights, gradients and optimizer states, which no kernel can change. The loss difference is the "
+        "largest of all steps, against transformers' own.",
+        "",
+        f"![tokens per second and peak memory of each model](images/{picture})",
+        "",
+        "| model | layers | implementation | tokens/s | speed-up | peak GiB | of plain | beyond states GiB "
+        "| of plain | loss difference |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+
+    def cell(record: dict, key: str, form: str, scale: float = 1) -> str:
+        return format(record[key] / scale, form) if key in record else ""
+
+    for record in document["training_results"]:
+        model = document["models"][record["model"]]
+        layers = f"{record['layers']} of {model['layers']}" if "layers" in record else ""
+        provider = record["provider"]
+        cells = [
+            model["title"],
+            layers,
+            f"**{provider}**" if provider.startswith("liger-ops") else provider,
+            record.get("failure") or cell(record, "tokens_per_second", ".0f"),
+            cell(record, "speedup", ".2f"),
+            cell(record, "peak_mib", ".1f", 1024),
+            cell(record, "memory_ratio", ".2f"),
+            cell(record, "peak_beyond_states_mib", ".1f", 1024),
+            cell(record, "memory_beyond_states_ratio", ".2f"),
+            cell(record, "largest_loss_difference", ".1e"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 MEDUSA = """# Training Medusa heads, measured
 
 A training step (forward, backward, optimizer) of plain transformers with the logits of every head, and of
@@ -129,16 +184,17 @@ def medusa_section(name: str, document: dict) -> str:
         row = [stage, layers, heads, length]
         row += medusa.cells(rows, "tokens_per_second", ",.0f") + medusa.cells(rows, "peak_memory_gib", ".1f")
         lines.append(f"| {' | '.join(map(str, row))} |")
-    image = medusa.IMAGES / name.replace(".json", ".png")
-    if image.exists():
-        lines += ["", f"![tokens per second and peak memory](images/{image.name})"]
+    picture = f"{name.removesuffix('.json')}.png"
+    medusa.draw(document, IMAGES / picture)
+    lines += ["", f"![tokens per second and peak memory](images/{picture})"]
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    # Other files hold host times or training runs.
-    sections = [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
+    # Other files hold host times or the demo's runs.
+    sections = [training_section(name, d) for name, d in documents.items() if "training_results" in d]
+    sections += [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
     heads = [medusa_section(name, d) for name, d in documents.items() if d.get("benchmark") == "medusa"]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([INTRODUCTION, *sections]))

@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.set_num_threads(a.threads)
     device = torch.device(a.device)
-    environment = report.environment(device, a.commit, module="benchmarks.medusa")
+    environment = report.environment(device, a.commit)
     results, stopped = run(a, device)
     shape = SHAPES[a.shape]
     sizes = {

@@ -116,6 +116,25 @@ def liger_triton(device: torch.device) -> Functions:
     }
 
 
+def trl_head(device: torch.device) -> Functions:
+    """The head that TRL's ``SFTTrainer`` computes the loss with: logits by tiles of the vocabulary, twice."""
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as tile
+    except ImportError as error:
+        raise Unavailable(f"needs trl 1.16: {error}") from error
+
+    def fused_linear_cross_entropy(
+        x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        log_probs, *_ = ChunkedLogProbFunction.apply(
+            x, weight, None, target, 1.0, tile, None, 1.0, ("log_probs",)
+        )
+        return -log_probs.sum() / target.numel()
+
+    return {"fused_linear_cross_entropy": fused_linear_cross_entropy}
+
+
 def liger_ops(device: torch.device) -> Functions:
     """This package."""
     try:
@@ -149,5 +168,6 @@ PROVIDERS: dict[str, Callable[[torch.device], Functions]] = {
     "torch": torch_eager,
     "compile": torch_compiled,
     "liger": liger_triton,
+    "trl": trl_head,
     "ours": liger_ops,
 }

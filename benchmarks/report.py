@@ -52,12 +52,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(device: torch.device, commit: str | None, module: str = "benchmarks.run") -> dict:
+def program() -> list[str]:
+    """How the running program was started: as a module, or as a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return ["-m", spec.name.removesuffix(".__main__")]
+    return [os.path.relpath(sys.argv[0], ROOT)]
+
+
+def environment(device: torch.device, commit: str | None) -> dict:
     """Everything one needs to repeat a run, and nothing about whose machine it was."""
     head = first_line_of("git", "rev-parse", "HEAD")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", *program(), *sys.argv[1:]]),
         "commit": commit or head,
         "uncommitted_changes": head and first_line_of("git", "status", "--porcelain") is not None,
         "device": processor(),
@@ -66,7 +74,8 @@ def environment(device: torch.device, commit: str | None, module: str = "benchma
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {
-            name: version(name) for name in ("torch", "triton", "transformers", "liger-kernel", "liger-ops")
+            name: version(name)
+            for name in ("torch", "triton", "transformers", "liger-kernel", "trl", "liger-ops")
         },
     }
     if device.type == "cuda":

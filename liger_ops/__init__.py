@@ -5,7 +5,7 @@ Importing this package loads the compiled library and registers `torch.ops.liger
 `liger_ops.transformers` patches Hugging Face models.
 """
 
-from liger_ops._library import build_info, load, operators
+from liger_ops._library import build_info, cmake_prefix_path, load, operators
 
 load()
 
@@ -14,4 +14,4 @@ from liger_ops import _flops as _flops  # noqa: E402
 
 __version__: str = build_info()["version"]
 
-__all__ = ["__version__", "build_info", "operators"]
+__all__ = ["__version__", "build_info", "cmake_prefix_path", "operators"]

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
+# Where CMake finds `LigerOps`, beside `torch.utils.cmake_prefix_path`, where it finds `Torch`.
+cmake_prefix_path = str(_PACKAGE / "share" / "cmake")
+
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps liger-ops"
 _BUILD_INFO: dict[str, Any] = {}
 

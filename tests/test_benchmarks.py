@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import document as pages
 from benchmarks import measure
 from benchmarks.claims import judge
 from benchmarks.ops import OPS, Problem, reference
@@ -130,6 +131,43 @@ def test_overwritten_inputs_are_reported_and_do_not_reach_others(problem):
     measure.check(subject, case, reference(case))
     assert subject.overwrites == ["argument1"]
     assert all(torch.equal(a, b) for a, b in zip(case.arguments, before, strict=True))
+
+
+def test_training_steps_of_whole_models(tmp_path, monkeypatch):
+    target = tmp_path / "models_test.json"
+    options = "--device cpu --tiny --dtype float32 --steps 2 --length 32 --models llama-3.1-8b mixtral-8x7b"
+    command = [sys.executable, "-m", "benchmarks.models", *options.split(), "--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(target.read_text())
+    results = {(r["model"], r["provider"]): r for r in document["training_results"]}
+    assert len(results) == 8
+    for model, provider in results:
+        if not provider.startswith("liger-ops"):
+            continue
+        ours = results[model, provider]
+        assert ours["layers"] == 2
+        assert ours["speedup"] > 0
+        # Same weights, same tokens, four steps.
+        assert ours["largest_loss_difference"] < 1e-5
+        assert len(set(ours["losses"])) == 4
+    assert document["environment"]["command"].startswith("python -m benchmarks.models --device cpu")
+
+    monkeypatch.setattr(pages, "IMAGES", tmp_path)
+    text = pages.training_section(target.name, document)
+    assert "| Mixtral 8x7B | 2 of 32 | **liger-ops** |" in text
+    assert (tmp_path / "models_test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_that_needs_too_much_memory_is_a_result(monkeypatch):
+    from benchmarks import models
+
+    def build(job):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(models, "build", build)
+    job = models.Job("llama-3.1-8b", "liger-ops", 1, 8, 1, "cpu", "float32", True, None, False, 0)
+    assert models.run(job) == {"model": job.model, "provider": job.provider, "failure": "out of memory"}
 
 
 def test_claims():

@@ -109,8 +109,9 @@ def test_hub_names_without_datasets_say_what_to_do(monkeypatch):
         (["accelerate"], ["accelerate_loop.py", "--batch", "16"]),
         (["lightning"], ["lightning_module.py", "--batch", "16", "--accelerator", "cpu"]),
         (["trl", "datasets"], ["trl_sft.py", "--steps", "5", "--batch", "4", "--cpu"]),
+        (["trl", "datasets"], ["trl_sft.py", "--steps", "5", "--batch", "4", "--cpu", "--head", "liger"]),
     ],
-    ids=lambda value: value[0],
+    ids=["accelerate", "lightning", "trl", "trl, our head"],
 )
 def test_small_examples(packages, script, tmp_path):
     for package in packages:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import liger_ops.functional as LF
 from liger_ops.nn._grouped_linear import grouped_linear
+from liger_ops.nn._lean import rebuildable
 from liger_ops.nn.swiglu import check_silu
 
 
@@ -119,7 +120,7 @@ def mixture_of_experts(
             rows = rows + chosen @ bias.to(dtype)
         return cleared(rows)
 
-    rows = _Dispatch.apply(hidden_states, order, place, used, dtype)
+    rows = rebuildable(_Dispatch.apply, hidden_states, order, place, used, dtype)
     rows = cleared(activation(project(rows, gate_up_proj, gate_up_bias)))
     rows = project(rows, down_proj, down_bias)
     if normalise is not None:

@@ -1,7 +1,7 @@
 """Liger's patching functions, over the engine in ``patching.py``.
 
 Each patches the given model, or, without one, every model of its family in the process, built before or
-after. ``patch`` describes the options, the errors and the report.
+after. ``patch`` describes the options, the errors and the report. ``lean_activations`` needs a model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def apply_liger_kernel_to_llama(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """LLaMA 2, 3, 3.1 and the text models of 3.2."""
     return _apply("llama", **locals())
@@ -40,6 +41,7 @@ def apply_liger_kernel_to_mllama(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """LLaMA 3.2 Vision, or its text part alone. ``layer_norm`` needs a model: the class is torch's."""
     return _apply("mllama", **locals())
@@ -52,6 +54,7 @@ def apply_liger_kernel_to_mistral(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Mistral."""
     return _apply("mistral", **locals())
@@ -64,6 +67,7 @@ def apply_liger_kernel_to_mixtral(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Mixtral. ``swiglu`` stands for its experts."""
     return _apply("mixtral", **locals())
@@ -76,6 +80,7 @@ def apply_liger_kernel_to_gemma(
     rms_norm: bool = True,
     geglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Gemma 1 and 1.1, with the GELU that each model has: exact or by tanh."""
     return _apply("gemma", **locals())
@@ -88,6 +93,7 @@ def apply_liger_kernel_to_gemma2(
     rms_norm: bool = True,
     geglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Gemma 2."""
     return _apply("gemma2", **locals())
@@ -100,6 +106,7 @@ def apply_liger_kernel_to_qwen2(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Qwen 2 and 2.5."""
     return _apply("qwen2", **locals())
@@ -113,6 +120,7 @@ def apply_liger_kernel_to_qwen2_vl(
     layer_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Qwen2-VL, or its text part alone. ``rope`` covers text and images."""
     return _apply("qwen2_vl", **locals())
@@ -125,6 +133,7 @@ def apply_liger_kernel_to_phi3(
     rms_norm: bool = True,
     swiglu: bool = True,
     model: nn.Module | None = None,
+    lean_activations: bool = False,
 ) -> PatchReport:
     """Phi-3, Phi-3.5 and Phi-4-mini."""
     return _apply("phi3", **locals())

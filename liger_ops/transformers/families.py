@@ -13,6 +13,7 @@ from liger_ops.transformers.parts import (
     Experts,
     GatedMLP,
     LayerNorm,
+    LeanActivations,
     PackedMLP,
     Part,
     RMSNorm,
@@ -47,7 +48,8 @@ class Family:
     @property
     def defaults(self) -> dict[str, bool]:
         """Every option of the family and whether it is on by default."""
-        return {part.option: part.option not in self.off for part in self.parts}
+        options = {part.option: part.option not in self.off for part in self.parts}
+        return options | {LeanActivations.option: False}
 
 
 FAMILIES = (

@@ -6,8 +6,9 @@ it would change, what it cannot and why. Nothing is changed until the plan of al
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from weakref import WeakSet, ref
 
 from torch import nn
 
+from liger_ops.nn._lean import is_lean, make_lean
 from liger_ops.transformers.forwards import blocks
 from liger_ops.transformers.report import Patched, Skipped
 from liger_ops.transformers.sites import FLAG, Site, dispatcher, foreign, site
@@ -24,12 +26,16 @@ Undo = Callable[[], None]
 
 @dataclass
 class Plan:
-    """What one part would do: ``apply`` makes the change and returns its undo."""
+    """What one part would do: ``apply`` makes the change and returns its undo.
+
+    ``rebuildable`` are the modules in which a lean layer keeps less for backward, with the numbers per token.
+    """
 
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     apply: list[Callable[[], Undo]] = field(default_factory=list)
+    rebuildable: dict[nn.Module, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ class Forward(Part):
         """What this module runs when it is patched."""
         return self.operator
 
+    def rebuilt(self, module: nn.Module) -> int:
+        """How many numbers per token this module returns to, or computes for, a product that saves them."""
+        return 0
+
     def attach(self, place: Site, modules: list[nn.Module]) -> Undo:
         """Make these modules run the replacement."""
         return _attach(place, modules)
@@ -123,6 +133,7 @@ class Forward(Part):
                 plan.skipped.append(self._skip(reason, reasons.count(reason)))
         if new:
             plan.apply.append(lambda: self.attach(place, new))
+        plan.rebuildable = {module: self.rebuilt(module) for module in new + old}
         return plan
 
 
@@ -191,6 +202,9 @@ class RMSNorm(Forward):
     def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return blocks.rms_norm(self.eps, self.offset, self.casting_mode)(original)
 
+    def rebuilt(self, module: nn.Module) -> int:
+        return module.weight.numel()
+
 
 @dataclass(frozen=True)
 class LayerNorm(Forward):
@@ -207,6 +221,9 @@ class LayerNorm(Forward):
 
     def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return blocks.layer_norm(original)
+
+    def rebuilt(self, module: nn.Module) -> int:
+        return module.normalized_shape[0]
 
     def attach(self, place: Site, modules: list[nn.Module]) -> Undo:
         detach = _attach(place, modules)
@@ -257,6 +274,9 @@ class GatedMLP(Forward):
     def build(self, original: Callable[..., Any]) -> Callable[..., Any]:
         return blocks.gated_mlp(self.gate, self.up, self.down, self.act)(original)
 
+    def rebuilt(self, module: nn.Module) -> int:
+        return getattr(module, self.down).in_features
+
     def obstacle(self, module: nn.Module) -> str | None:
         activation = getattr(module, self.act)
         if blocks.gate_of(activation) is not None:
@@ -295,6 +315,9 @@ class Experts(Forward):
 
     def obstacle(self, module: nn.Module) -> str | None:
         return blocks.experts_obstacle(module)
+
+    def rebuilt(self, module: nn.Module) -> int:
+        return module.config.num_experts_per_tok * (module.hidden_dim + module.intermediate_dim)
 
 
 @dataclass(frozen=True)
@@ -377,12 +400,14 @@ class CausalLMHead(Forward):
 
     def remark(self, module: nn.Module) -> str | None:
         from liger_ops.transformers.forwards.causal_lm import uses_stock_loss
-        from liger_ops.transformers.forwards.lm_head import linear_head
+        from liger_ops.transformers.forwards.lm_head import gathers_parameters, linear_head
 
         if not uses_stock_loss(module):
             name = getattr(module.loss_function, "__name__", repr(module.loss_function))
             return f"loss_function is {name}: it is called, with logits"
-        obstacle = linear_head(module.lm_head).obstacle
+        if all(parameter.is_meta for parameter in module.parameters()):
+            return None  # not yet initialised
+        obstacle = linear_head(module.lm_head, gathered=gathers_parameters(module)).obstacle
         return None if obstacle is None else f"lm_head {obstacle}: logits, then liger::cross_entropy"
 
 
@@ -441,3 +466,57 @@ class TokenLoss(Part):
 
         plan.apply.append(apply)
         return plan
+
+
+@dataclass(frozen=True)
+class LeanActivations(Part):
+    """The layers of a model, which then keep less for backward. What they compute, and how, stays.
+
+    Plans after the other parts, because what can be computed again is what those replace.
+    """
+
+    target: str = "-"
+    option: str = "lean_activations"
+
+    def plan_layers(self, model: nn.Module | None, plans: list[Plan]) -> Plan:
+        """What making the model's layers lean would change, when the other parts' plans are carried out."""
+        if model is None:
+            return Plan(skipped=[self._skip("it hooks the layers of a model: pass the model")])
+        sizes = {module: size for plan in plans for module, size in plan.rebuildable.items()}
+        layers = {layer: _numbers_per_token(layer, sizes) for layer in _layers(model)}
+        layers = {layer: numbers for layer, numbers in layers.items() if numbers}
+        if not layers:
+            reason = "no layer runs an operator whose result could be computed again"
+            return Plan(skipped=[self._skip(reason)])
+        plan = Plan()
+        width = next(p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
+        rows = [(type(layer).__name__, width * n, is_lean(layer)) for layer, n in layers.items()]
+        for row in dict.fromkeys(rows):
+            name, size, already = row
+            operator = f"keeps {size} bytes per token less, computed again in backward"
+            plan.patched.append(Patched(self.option, name, rows.count(row), operator, already))
+        plan.apply += [functools.partial(make_lean, layer) for layer in layers if not is_lean(layer)]
+        return plan
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of the module lists that are in no other one."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+        else:
+            yield from _layers(module)
+
+
+def _numbers_per_token(layer: nn.Module, sizes: dict[nn.Module, int]) -> int:
+    """How many numbers per token the layer keeps less for backward, where all its products are trained.
+
+    Norms elsewhere than in the layer itself are of queries and keys, which no product takes. Where norms
+    stand before and after a block, what the latter return is only added.
+    """
+    found = {name: module for name, module in layer.named_modules() if module in sizes}
+    blocks = [module for module in found.values() if module._modules]
+    norms = {name: module for name, module in found.items() if not module._modules and "." not in name}
+    if any(name.startswith("pre_") for name in norms):
+        norms = {name: module for name, module in norms.items() if not name.startswith("post_")}
+    return sum(sizes[module] for module in [*blocks, *norms.values()])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from liger_ops.transformers.families import FAMILIES, Family, family_of, supported_model_types
-from liger_ops.transformers.parts import Part, Plan
+from liger_ops.transformers.parts import LeanActivations, Part, Plan
 from liger_ops.transformers.recognize import recognize as find_parts
 from liger_ops.transformers.report import PatchReport, Skipped
 
@@ -43,7 +43,9 @@ def patch(
         **options: what to replace; of each family those of its record. ``rope``, ``rms_norm`` and
             ``fused_linear_cross_entropy``, the loss straight from the hidden states, in all families;
             ``swiglu`` or, for Gemma, ``geglu``: the MLP, or the experts; ``layer_norm`` where images are
-            seen. These are on. ``cross_entropy``, the loss from logits in its place, is off.
+            seen. These are on. ``cross_entropy``, the loss from logits in its place, is off, and so is
+            ``lean_activations``: the layers keep less for backward, which computes the results of norms and
+            gated MLPs again (``docs/memory.md``).
 
     Returns:
         The report of what was replaced and what was skipped, with ``undo()``. Patching twice changes nothing
@@ -75,7 +77,8 @@ def patch(
     if refusal is None:
         if family is not None:
             parts = _parts_of(family, base, found)
-            for option in sorted(set(options) - {part.option for part, _ in parts}):
+            known = {part.option for part, _ in parts} | {LeanActivations.option}
+            for option in sorted(set(options) - known):
                 report.skipped.append(Skipped(option, "-", None, f"a {found} model has nothing of the kind"))
         elif base is not None and found is not None and recognize:
             recognized = find_parts(base)
@@ -93,6 +96,8 @@ def patch(
         return report
 
     plans = [part.plan(base, modeling) for part, modeling in parts if wanted[part.option]]
+    if wanted[LeanActivations.option]:
+        plans.append(LeanActivations().plan_layers(base, plans))
     for plan in plans:
         report.patched += plan.patched
         report.skipped += plan.skipped

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from liger_ops.functional import CrossEntropyOutput
-from liger_ops.transformers.forwards.lm_head import linear_head
+from liger_ops.transformers.forwards.lm_head import linear_head, loss_in_call
 from liger_ops.transformers.forwards.loss import (
     LOSS_ARGUMENTS,
     causal_lm_loss,
@@ -128,9 +128,14 @@ def build(
         result = CrossEntropyOutput(None)
         head = linear_head(self.lm_head) if skip_logits and targets is not None else None
         if head is not None and head.obstacle is None:
-            result = fused_causal_lm_loss(
-                hidden_states, head.weight, head.bias, targets, softcap=cap, **loss_arguments
-            )
+
+            def loss(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> CrossEntropyOutput:
+                return fused_causal_lm_loss(x, weight, bias, targets, softcap=cap, **loss_arguments)
+
+            if head.sharded:
+                result = loss_in_call(self.lm_head, head.linear, hidden_states, loss)
+            else:
+                result = loss(hidden_states, head.weight, head.bias)
         else:
             logits = self.lm_head(hidden_states)
             if targets is not None:

@@ -1,73 +1,117 @@
 """Whether a language-model head is nothing but ``x @ weightᵀ + bias``, and which weight and bias these are.
 
-The fused loss reads the head's weight and never calls the head, so anything else the head would do (an
+The fused loss needs the head's parameters and not its output, so anything else the head would do (an
 adapter, a hook, moving an offloaded weight to its device) would be lost. Asked at every step: adapters are
-added, merged and switched off after a model was patched. Classes of PEFT are known by name, so that PEFT is
-not imported.
+added, merged and switched off after a model was patched. Classes of PEFT and of PyTorch's FSDP are known by
+name, so that neither is imported.
+
+FSDP and ZeRO-3 keep a shard of the parameters and put the whole in their place around the head's forward.
+There the loss is computed inside that call, in place of the head's own forward.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from liger_ops.functional import CrossEntropyOutput
+
+# Where hooks come from that put a module's parameters in place for its forward, and take its output as it is.
+_SHARDING_ENGINES = ("torch.distributed.fsdp.", "deepspeed.")
+
 
 class LinearHead(NamedTuple):
-    """Weight (V, H) and bias (V,) of a plain head, or the reason why there are none."""
+    """Weight (V, H) and bias (V,) of a plain head, or the reason why there are none.
+
+    Attributes:
+        linear: the innermost module; its forward is the linear map. None when the parameters are not its own.
+        sharded: whether the parameters are whole only during a call of the head.
+    """
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     obstacle: str | None
+    linear: nn.Linear | None = None
+    sharded: bool = False
 
 
 def _because(obstacle: str) -> LinearHead:
     return LinearHead(None, None, obstacle)
 
 
+def _of_sharding_engine(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_SHARDING_ENGINES)
+
+
 def _intercepted(module: nn.Module) -> str | None:
-    """What would run around ``module.forward`` in a normal call, if anything does."""
+    """What would run around ``module.forward`` in a call, beside a sharding engine, if anything does."""
     if "_hf_hook" in module.__dict__:
         return "has an Accelerate hook (device placement or offloading)"
     if "forward" in module.__dict__:
         return "has a forward of its own on the instance"
-    if (
-        len(module._forward_hooks) > 0
-        or len(module._forward_pre_hooks) > 0
-        or len(module._backward_hooks) > 0
-        or len(module._backward_pre_hooks) > 0
-    ):
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        if len(hooks) > 0 and not all(map(_of_sharding_engine, hooks.values())):
+            return "has hooks"
+    if len(module._backward_hooks) > 0 or len(module._backward_pre_hooks) > 0:
         return "has hooks"
     return None
 
 
-def linear_head(head: nn.Module) -> LinearHead:
-    """Look through PEFT's wrappers to the weight and bias that ``head(x)`` multiplies by and adds."""
+def gathers_parameters(module: nn.Module) -> bool:
+    """Whether a sharding engine puts parameters in place for a call of this module."""
+    return any(map(_of_sharding_engine, module._forward_pre_hooks.values()))
+
+
+def linear_head(head: nn.Module, gathered: bool = False) -> LinearHead:
+    """Look through wrappers to the weight and bias that ``head(x)`` multiplies by and adds.
+
+    ``gathered``: the parameters are seen before a module above the head puts the whole ones in place.
+    """
     obstacle = _intercepted(head)
     if obstacle is not None:
         return _because(obstacle)
+    found = _look_through(head, gathered)
+    return _sharded(found) if gathers_parameters(head) else found
+
+
+def _sharded(found: LinearHead) -> LinearHead:
+    if found.obstacle is None and found.linear is None:
+        return _because("trains single tokens, and its parameters are sharded")
+    return found._replace(sharded=True)
+
+
+def _look_through(head: nn.Module, gathered: bool) -> LinearHead:
     kind = type(head)
-    if kind is nn.Linear:
+    # FSDP2 makes a subclass of a module's class that inherits its forward.
+    if kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.forward is nn.Linear.forward):
         weight = head.weight
-        if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
+        shard = type(weight).__name__ == "DTensor" and (gathered or kind is not nn.Linear)
+        if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not shard:
             return _because(f"has a weight of type {type(weight).__name__}")
         if weight.device.type == "meta":
             return _because("has its weight on the meta device (offloaded)")
-        return LinearHead(weight, head.bias, None)
+        return LinearHead(weight, head.bias, None, linear=head)
+    if kind.__name__ == "FullyShardedDataParallel":
+        return _sharded(linear_head(head.module, gathered))
     if kind.__name__ == "ModulesToSaveWrapper":
-        return linear_head(_active_copy(head))
+        return linear_head(_active_copy(head), gathered)
     if kind.__name__ == "TrainableTokensWrapper":
-        base = linear_head(head.original_module)
+        base = linear_head(head.original_module, gathered)
         if base.obstacle is not None or head.disable_adapters or not head.active_adapters:
             return base
         if base.bias is not None:
             return _because("trains single tokens and has a bias, which PEFT's own forward leaves out")
+        if base.sharded:
+            return _because("trains single tokens, and its parameters are sharded")
         return LinearHead(head.weight, None, None)
     if hasattr(head, "base_layer") and hasattr(head, "disable_adapters"):
         # A tuner layer adds nothing to its base when its adapters are off, or merged into the base's weight.
         if bool(head.merged) != bool(head.disable_adapters):
-            return linear_head(head.base_layer)
+            return linear_head(head.base_layer, gathered)
         return _because(f"carries an adapter ({kind.__module__}.{kind.__name__})")
     return _because(f"is a {kind.__name__}, not a torch.nn.Linear")
 
@@ -78,3 +122,39 @@ def _active_copy(wrapper: nn.Module) -> nn.Module:
     if wrapper.disable_adapters or not active or any(name not in wrapper.modules_to_save for name in active):
         return wrapper.original_module
     return wrapper.modules_to_save[active[0]]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def loss_in_call(
+    head: nn.Module,
+    linear: nn.Linear,
+    hidden_states: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], CrossEntropyOutput],
+) -> CrossEntropyOutput:
+    """``loss(hidden_states, weight, bias)`` inside a call of ``head``, with the parameters of that time.
+
+    Only the hidden states go through the head's hooks, which may cast them. Of the loss, the hooks get what
+    has a gradient.
+    """
+    result = CrossEntropyOutput(None)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal result
+        result = loss(x, linear.weight, linear.bias)
+        return result.loss
+
+    with _forward_replaced(linear, forward):
+        returned = head(hidden_states)
+    # A mixed-precision policy may cast a module's outputs, after the hooks that backward needs. What it is to
+    # cast are logits: the loss keeps its precision.
+    if returned.dtype == result.loss.dtype:
+        result.loss = returned
+    return result

@@ -1,0 +1,100 @@
+"""What the checks of every engine share: the batches, one process's training, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import batch, tiny
+from torch import nn
+
+from liger_ops.transformers import patch
+
+STEPS = 10
+LEARNING_RATE = 0.1
+
+
+def parts(seed: int) -> list[dict[str, torch.Tensor]]:
+    """One step's batch, a part for each process."""
+    return [batch(seed=1000 * seed + rank) for rank in range(dist.get_world_size())]
+
+
+def mine(seed: int) -> dict[str, torch.Tensor]:
+    return parts(seed)[dist.get_rank()]
+
+
+def targets(inputs: Iterable[dict[str, torch.Tensor]]) -> int:
+    return sum(int((part["labels"][:, 1:] != -100).sum()) for part in inputs)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # Not Adam: it divides gradients by their size, so that rounding of small ones shows in full.
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+
+
+def alone(patched: bool = True, steps: int = STEPS, **changes: Any) -> tuple[list[float], nn.Module]:
+    """Losses and model of one process that trains on all parts of each batch."""
+    model = tiny(**changes)
+    if patched:
+        patch(model, strict=True)
+    optimizer = optimizer_of(model)
+    losses = []
+    for seed in range(steps):
+        inputs = parts(seed)
+        together = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}
+        loss = model(**together).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def train(model: nn.Module, steps: int = STEPS, forward: Callable[..., Any] | None = None) -> list[float]:
+    """Losses of this process's parts, added up over the processes.
+
+    Each is divided by the targets of the whole batch and multiplied by the number of processes, because data
+    parallel engines average gradients.
+    """
+    optimizer = optimizer_of(model)
+    losses = []
+    for seed in range(steps):
+        count = targets(parts(seed))
+        loss = (forward or model)(**mine(seed), num_items_in_batch=count).loss * dist.get_world_size()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over_processes(loss))
+    return losses
+
+
+def mean_over_processes(value: torch.Tensor) -> float:
+    total = value.detach().clone().float()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_same_training(
+    losses: list[float], model: nn.Module, expected: tuple[list[float], nn.Module], rtol: float = 1e-5
+) -> None:
+    """Every loss within ``rtol``, and every parameter within ``rtol`` of its norm."""
+    expected_losses, expected_model = expected
+    torch.testing.assert_close(losses, expected_losses, rtol=rtol, atol=0)
+    parameters = {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}
+    assert_same_parameters(parameters, expected_model, rtol)
+
+
+def assert_same_parameters(
+    parameters: dict[str, torch.Tensor], expected_model: nn.Module, rtol: float = 1e-5
+) -> None:
+    expected = dict(expected_model.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, parameter in expected.items():
+        difference = (parameters[name].double() - parameter.detach().double()).norm()
+        assert difference <= rtol * parameter.detach().double().norm(), (name, difference)
