@@ -16,17 +16,19 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
 
-.PHONY: help venv build test test-gpu test-newest lint format demo bench clean
+.PHONY: help venv build test test-gpu test-newest lint format demo bench notebooks docs clean
 
 help:
 	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
 	@echo "make test    set up, build, and run the test suite"
 	@echo "make bench   set up, build, and measure every operator against its peers"
 	@echo "make test-newest  test the Hugging Face layer on the newest transformers and TRL"
+	@echo "make notebooks  run the notebooks in place, outputs included"
+	@echo "make docs    build the documentation's site into build/site, which needs no network"
 	@echo "make lint    check formatting and style       make format   mend them"
 	@echo "make build   set up and build                 make clean    remove the build"
 
-$(VENV)/installed: requirements-dev.txt
+$(VENV)/installed: requirements-dev.txt requirements-docs.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'liger-ops needs Python 3.10 or newer')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -78,6 +80,14 @@ demo: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run
+
+notebooks: build
+	$(BIN)/python notebooks/make.py
+
+# The warning is about the future of MkDocs, not about these pages.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "to read it: $(BIN)/python -m http.server --directory build/site"
 
 clean:
 	rm -rf build dist *.egg-info liger_ops/_C*.so liger_ops/_build_info.json $(VENV)/built

@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
@@ -24,6 +25,13 @@ DEFAULT_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 def enabled(name: str) -> bool:
     return os.environ.get(name, "0").lower() in {"1", "true", "yes", "on"}
 
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # Older ones fail on pyproject.toml with a sentence about its license.
+    sys.exit(
+        f"liger-ops needs setuptools 77 or newer, found {setuptools.__version__}:\n"
+        "  pip install 'setuptools>=77,<82'"
+    )
 
 try:
     import torch

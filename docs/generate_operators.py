@@ -24,6 +24,8 @@ PAGE = Path(__file__).resolve().parent / "operators.md"
 INTRODUCTION = f"""\
 # Operators
 
+<!-- no block is run: signatures and schemas, which tests/test_docs.py compares with the sources -->
+
 Every operator is `torch.ops.liger.<name>` and, with the tensors a model wants and nothing else, a function of
 `liger_ops.functional`. Written by `python docs/generate_operators.py` from the schemas and docstrings.
 
@@ -145,7 +147,7 @@ def operator(function) -> str:
         ("Memory traffic", "Moves"),
     ):
         lines += [f"**{title}.** {sections[key]}", ""]
-    lines += ["```", *(schema(part) for part in belongs_to(name)), "```", ""]
+    lines += ["```text", *(schema(part) for part in belongs_to(name)), "```", ""]
     return "\n".join(lines)
 
 

@@ -61,6 +61,13 @@ FUNCTIONS = {
     "transformers.monkey_patch.apply_liger_kernel_to_qwen2_vl": PATCH.format(
         "rms_norm=True, layer_norm=True, swiglu=True"
     ),
+    "ops.fused_linear_cross_entropy.fused_linear_cross_entropy_forward": (
+        f"_input, weight, target, ce_weight=None, bias=None, {CE}, return_z_loss=False, accum_dtype=None, "
+        f"use_token_scaling=False, {EXTRAS}"
+    ),
+    "ops.fused_linear_cross_entropy.fused_linear_cross_entropy_backward": (
+        "grad_output, grad_input, grad_weight, grad_bias"
+    ),
     "utils.infer_device": "",
     "utils.infer_comm_backend": "",
     "utils.is_peft_available": "",

@@ -273,6 +273,24 @@ class TestFunctions:
         expected = F.cross_entropy(F.linear(x, head, bias), target, ignore_index=3, label_smoothing=0.1)
         same(values[0], expected, x, head, bias)
 
+    def test_fused_linear_cross_entropy_by_hand(self):
+        module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        x, head, bias = leaf(ROWS, HIDDEN), torch.randn(VOCAB, HIDDEN), leaf(VOCAB)
+        target = torch.tensor([1, 5, -100, 39, 0, 7])
+        loss, z_loss, _, predicted, *gradients = module.fused_linear_cross_entropy_forward(
+            x, head, target, bias=bias, lse_square_scale=0.1, return_z_loss=True, return_predicted_tokens=True
+        )
+        logits = F.linear(x, head, bias)
+        expected_z = 0.1 * logits.logsumexp(-1).square()[target != -100].mean()
+        expected = F.cross_entropy(logits, target) + expected_z
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(z_loss, expected_z)
+        assert predicted[2] == -1 and not loss.requires_grad
+        gradients = module.fused_linear_cross_entropy_backward(torch.tensor(2.0), *gradients)
+        assert gradients[1] is None
+        wanted = torch.autograd.grad(2 * expected, (x, bias))
+        torch.testing.assert_close((gradients[0], gradients[2]), wanted)
+
     @pytest.mark.parametrize("mode", ["llama", 0, "gemma", 1, "none", -1])
     def test_rms_norm(self, mode):
         x, w = leaf(ROWS, HIDDEN), leaf(HIDDEN)

@@ -126,3 +126,51 @@ def test_small_examples(packages, script, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.vocab_size == 2000
+
+
+def run_example(script, *arguments):
+    command = [sys.executable, str(EXAMPLE.parent / script), *map(str, arguments)]
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables)
+
+
+def test_custom_model(tmp_path):
+    done = run_example("custom_model.py", "--epochs", "1", "--batch", "16", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+    assert losses[-1] < losses[0] - 0.5
+    assert (tmp_path / "model.pt").exists()
+
+
+def test_custom_model_computes_what_plain_pytorch_does(monkeypatch):
+    import importlib
+    from types import SimpleNamespace
+
+    import torch
+
+    names = ("add_rms_norm", "rope", "swiglu", "fused_linear_cross_entropy")
+    modules = [importlib.import_module(f"tests.reference.{name}") for name in names]
+    plain = SimpleNamespace(**{name: f for module in modules for name, f in vars(module).items()})
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    import custom_model
+
+    torch.manual_seed(0)
+    model, ids = custom_model.Decoder(), torch.randint(custom_model.VOCABULARY, (2, 16))
+    results = []
+    for functions in (custom_model.LF, plain):
+        monkeypatch.setattr(custom_model, "LF", functions)
+        loss = model.loss(ids)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_graph():
+    done = run_example("compiled_graph.py", "--graph")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        r"forward:\n.*fused_linear_cross_entropy_forward.default  x1\n  liger.rms_norm.default  x1",
+        r"backward:\n(.*\n)*  liger.swiglu_backward.default  x1",
+        r"torch.export:\n  liger.fused_linear_cross_entropy.default  x1",
+        r"torch.ops.liger.swiglu.default\(",
+    ):
+        assert re.search(line, done.stdout), line

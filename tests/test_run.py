@@ -283,6 +283,14 @@ def test_script(tmp_path, code):
     assert "operators ran" in done.stdout, done.stderr
 
 
+@needs_trainer
+def test_verbose(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAINER)
+    done = run("--verbose", script, tmp_path / "out")
+    assert "swiglu (LlamaMLP x1)" in done.stderr, done.stderr
+
+
 @pytest.mark.slow
 @needs_trainer
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

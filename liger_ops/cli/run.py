@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import runpy
 import sys
@@ -28,12 +29,15 @@ With a launcher:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
-    parser.usage = "python -m liger_ops run [-h] [--override] (script | -m module) [arguments ...]"
+    parser.usage = (
+        "python -m liger_ops run [-h] [--override] [--verbose] (script | -m module) [arguments ...]"
+    )
     parser.add_argument(
         "--override",
         action="store_true",
         help="let `import liger_kernel` mean liger_ops even where the real liger-kernel is installed",
     )
+    parser.add_argument("--verbose", action="store_true", help="print a line for each model that is patched")
     parser.add_argument(
         "-m", dest="module", nargs=argparse.REMAINDER, help="a module to run, and its arguments"
     )
@@ -44,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the script in this process. SystemExit and exceptions pass through to the interpreter."""
+    if options.verbose:
+        logger = logging.getLogger("liger_ops")
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
     if options.module:
         module, *arguments = options.module
         sys.argv = [module, *arguments]

@@ -11,11 +11,13 @@ is imported before it is needed.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import pkgutil
+import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ALIAS = "liger_kernel"
@@ -89,8 +91,23 @@ class _Alias(types.ModuleType):
         return sorted({*self.__dict__, *names})
 
 
+class _Distribution(importlib.metadata.Distribution):
+    """What ``importlib.metadata`` says of ``liger-kernel``: frameworks look its version up first."""
+
+    _files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: liger-kernel\nVersion: {VERSION}\n",
+        "top_level.txt": f"{ALIAS}\n",
+    }
+
+    def read_text(self, filename: str) -> str | None:
+        return self._files.get(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"{path}: {ALIAS} is an alias of liger_ops and has no files")
+
+
 class _Finder:
-    """Finds and loads the alias modules. The methods are those of the import protocol."""
+    """Finds and loads the alias modules. The methods are those of the import and metadata protocols."""
 
     # Modules of the real package, put aside while the alias has their name.
     displaced: dict[str, types.ModuleType] = {}
@@ -107,6 +124,11 @@ class _Finder:
             raise ModuleNotFoundError(_missing(fullname))
         # Every module counts as a package, so that a missing name in any of them gets that error.
         return importlib.machinery.ModuleSpec(fullname, self, origin="liger_ops", is_package=True)
+
+    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+        wanted = getattr(context, "name", None)
+        if wanted is None or re.sub(r"[-_.]+", "_", wanted).lower() == ALIAS:
+            yield _Distribution()
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = _Alias(spec.name)

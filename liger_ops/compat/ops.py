@@ -27,6 +27,8 @@ __all__ = [
     "LigerRMSNormFunction",
     "LigerRopeFunction",
     "LigerSiLUMulFunction",
+    "fused_linear_cross_entropy_backward",
+    "fused_linear_cross_entropy_forward",
 ]
 
 LossValues = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -118,6 +120,65 @@ class LigerFusedLinearCrossEntropyFunction:
                 return_predicted_tokens=return_predicted_tokens,
             )
         )
+
+
+def fused_linear_cross_entropy_forward(
+    _input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ce_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """What ``LigerFusedLinearCrossEntropyFunction`` returns, and the gradients of input, weight and bias for
+    an upstream gradient of one; None for those that require none."""
+    leaves = [
+        None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+        for tensor in (_input, weight, bias)
+    ]
+    with torch.enable_grad():
+        loss, *extras = LigerFusedLinearCrossEntropyFunction.apply(
+            leaves[0],
+            leaves[1],
+            target,
+            leaves[2],
+            ce_weight,
+            ignore_index,
+            lse_square_scale,
+            label_smoothing,
+            reduction,
+            softcap,
+            return_z_loss,
+            accum_dtype,
+            use_token_scaling,
+            return_token_accuracy,
+            return_predicted_tokens,
+        )
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(loss.sum(), wanted) if wanted else ())
+    return (
+        loss.detach(),
+        *extras,
+        *(None if leaf is None or not leaf.requires_grad else next(gradients) for leaf in leaves),
+    )
+
+
+def fused_linear_cross_entropy_backward(
+    grad_output: Tensor, grad_input: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``fused_linear_cross_entropy_forward`` times a 0-d upstream gradient."""
+    return tuple(
+        None if grad is None else grad * grad_output for grad in (grad_input, grad_weight, grad_bias)
+    )
 
 
 class LigerRMSNormFunction:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from liger_ops.transformers.families import FAMILIES
-from liger_ops.transformers.patching import patch
+from liger_ops.transformers.families import FAMILIES, family_of
+from liger_ops.transformers.patching import patch, unwrap
 from liger_ops.transformers.report import PatchReport
 
 
@@ -148,7 +148,7 @@ MODEL_TYPE_TO_APPLY_LIGER_FN: dict[str, Callable[..., PatchReport]] = {
 
 def _apply_liger_kernel(model_type: str, **kwargs: Any) -> PatchReport:
     """The class-wide patch of a model type, under the name that training frameworks call in Liger."""
-    return patch(None, model_type=model_type, **kwargs)
+    return patch(None, model_type=model_type, **_of_family(model_type, kwargs))
 
 
 def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> PatchReport:
@@ -156,4 +156,14 @@ def _apply_liger_kernel_to_instance(model: nn.Module, **kwargs: Any) -> PatchRep
 
     Model types without a record are left alone unless ``recognize=True`` comes along.
     """
-    return patch(model, **{"recognize": False} | kwargs)
+    model_type = getattr(getattr(unwrap(model), "config", None), "model_type", None)
+    return patch(model, **{"recognize": False} | _of_family(model_type, kwargs))
+
+
+def _of_family(model_type: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those of other families alone: frameworks pass ``swiglu`` to any model."""
+    family = family_of(model_type)
+    if family is None:
+        return options
+    others = {option for other in FAMILIES for option in other.defaults} - set(family.defaults)
+    return {option: on for option, on in options.items() if option not in others}
