@@ -493,6 +493,8 @@ class LeanActivations(Part):
             name, size, already = row
             operator = f"keeps {size} bytes per token less, computed again in backward"
             plan.patched.append(Patched(self.option, name, rows.count(row), operator, already))
+        if any(not parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            plan.notes.append(f"{self.option}: frozen products keep nothing, so that there is less to gain")
         plan.apply += [functools.partial(lean_activations, layer) for layer in layers if not is_lean(layer)]
         return plan
 
