@@ -248,15 +248,15 @@ def _release(task: int) -> None:
             output.tensor, output.left = None, 0
 
 
-def _node_type(tensor: Tensor) -> type:
-    return type(tensor.grad_fn)
+def _node_types(*functions: Callable[[Tensor], Tensor]) -> tuple[type, ...]:
+    """The types of the nodes that autograd makes for functions of a matrix."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, 1, device="cpu", requires_grad=True)
+        return tuple(type(function(x).grad_fn) for function in functions)
 
 
-_example = torch.zeros(1, requires_grad=True)
-_COPY = _node_type(_example.to(torch.bfloat16))
-_RESHAPE = (_node_type(_example.view(1, 1)), _node_type(torch.ops.aten._unsafe_view(_example, (1, 1))))
-_TRANSPOSE = _node_type(_example.view(1, 1).t())
-del _example
+_COPY, _TRANSPOSE = _node_types(Tensor.bfloat16, Tensor.t)
+_RESHAPE = _node_types(lambda x: x.view(1), lambda x: torch.ops.aten._unsafe_view(x, (1,)))
 
 
 def _recipe_of_copied(copy: Tensor) -> _Recipe | None:
