@@ -154,8 +154,10 @@ class _Recipe:
     def _there(self, dtype: torch.dtype) -> Tensor | None:
         for reference in self.outputs:
             output = reference()
-            if output is not None and output.tensor is not None and output.geometry[0] == dtype:
-                return output.tensor
+            if output is not None and output.geometry[0] == dtype:
+                tensor = output.tensor
+                if tensor is not None and output.stream == _stream(tensor):
+                    return tensor
         return None
 
     def _run(self) -> Tensor:
@@ -188,10 +190,11 @@ class _Output:
         geometry: dtype, size, stride and offset of the tensor.
         uses: how often it was saved.
         task, left: the backward pass that asks for it, and how often that may still happen.
-        tensor: there from the first who asks in a backward pass to the last, or to the end of the pass.
+        tensor: there from the first who asks in a backward pass to the last, or to the end of the pass, for
+            those who ask on the same CUDA stream.
     """
 
-    __slots__ = ("__weakref__", "geometry", "left", "recipe", "task", "tensor", "uses")
+    __slots__ = ("__weakref__", "geometry", "left", "recipe", "stream", "task", "tensor", "uses")
 
     def __init__(
         self, recipe: _Recipe, geometry: tuple[torch.dtype, torch.Size, tuple[int, ...], int]
@@ -209,11 +212,18 @@ class _Output:
         if tensor is None:
             tensor = self.recipe.make(self)
             if self.left > 0 and task >= 0:
-                self.tensor = tensor
+                self.tensor, self.stream = tensor, _stream(tensor)
                 _release_after(task, self)
-        elif self.left <= 0:
+            return tensor
+        if self.stream != _stream(tensor):
+            tensor = self.recipe.make(self)
+        if self.left <= 0:
             self.tensor = None
         return tensor
+
+
+def _stream(tensor: Tensor) -> tuple[int, int, int] | None:
+    return torch._C._cuda_getCurrentStream(tensor.device.index) if tensor.is_cuda else None
 
 
 # What backward passes hold, by the number of the pass. Weak, so that a pass that fails holds nothing.
@@ -238,15 +248,15 @@ def _release(task: int) -> None:
             output.tensor, output.left = None, 0
 
 
-def _node_type(tensor: Tensor) -> type:
-    return type(tensor.grad_fn)
+def _node_types(*functions: Callable[[Tensor], Tensor]) -> tuple[type, ...]:
+    """The types of the nodes that autograd makes for functions of a matrix."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, 1, device="cpu", requires_grad=True)
+        return tuple(type(function(x).grad_fn) for function in functions)
 
 
-_example = torch.zeros(1, requires_grad=True)
-_COPY = _node_type(_example.to(torch.bfloat16))
-_RESHAPE = (_node_type(_example.view(1, 1)), _node_type(torch.ops.aten._unsafe_view(_example, (1, 1))))
-_TRANSPOSE = _node_type(_example.view(1, 1).t())
-del _example
+_COPY, _TRANSPOSE = _node_types(Tensor.bfloat16, Tensor.t)
+_RESHAPE = _node_types(lambda x: x.view(1), lambda x: torch.ops.aten._unsafe_view(x, (1,)))
 
 
 def _recipe_of_copied(copy: Tensor) -> _Recipe | None:

@@ -28,14 +28,14 @@ Undo = Callable[[], None]
 class Plan:
     """What one part would do: ``apply`` makes the change and returns its undo.
 
-    ``rebuildable`` are the modules in which a lean layer keeps less for backward, with the numbers per token.
+    ``runs`` are the modules that then run the replacement of a part.
     """
 
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     apply: list[Callable[[], Undo]] = field(default_factory=list)
-    rebuildable: dict[nn.Module, int] = field(default_factory=dict)
+    runs: dict[nn.Module, Forward] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Forward(Part):
         return self.operator
 
     def rebuilt(self, module: nn.Module) -> int:
-        """How many numbers per token this module returns to, or computes for, a product that saves them."""
+        """How many numbers per token a lean layer need not keep of what this module computes."""
         return 0
 
     def attach(self, place: Site, modules: list[nn.Module]) -> Undo:
@@ -133,7 +133,7 @@ class Forward(Part):
                 plan.skipped.append(self._skip(reason, reasons.count(reason)))
         if new:
             plan.apply.append(lambda: self.attach(place, new))
-        plan.rebuildable = {module: self.rebuilt(module) for module in new + old}
+        plan.runs = dict.fromkeys(new + old, self)
         return plan
 
 
@@ -275,7 +275,7 @@ class GatedMLP(Forward):
         return blocks.gated_mlp(self.gate, self.up, self.down, self.act)(original)
 
     def rebuilt(self, module: nn.Module) -> int:
-        return getattr(module, self.down).in_features
+        return getattr(getattr(module, self.down), "in_features", 0)
 
     def obstacle(self, module: nn.Module) -> str | None:
         activation = getattr(module, self.act)
@@ -482,8 +482,8 @@ class LeanActivations(Part):
         """What making the model's layers lean would change, when the other parts' plans are carried out."""
         if model is None:
             return Plan(skipped=[self._skip("it hooks the layers of a model: pass the model")])
-        sizes = {module: size for plan in plans for module, size in plan.rebuildable.items()}
-        layers = {layer: _numbers_per_token(layer, sizes) for layer in _layers(model)}
+        parts = {module: part for plan in plans for module, part in plan.runs.items()}
+        layers = {layer: _numbers_per_token(layer, parts) for layer in _layers(model)}
         layers = {layer: numbers for layer, numbers in layers.items() if numbers}
         if not layers:
             reason = "no layer runs an operator whose result could be computed again"
@@ -495,6 +495,8 @@ class LeanActivations(Part):
             name, size, already = row
             operator = f"keeps {size} bytes per token less, computed again in backward"
             plan.patched.append(Patched(self.option, name, rows.count(row), operator, already))
+        if any(not parameter.requires_grad for layer in layers for parameter in layer.parameters()):
+            plan.notes.append(f"{self.option}: frozen products keep nothing, so that there is less to gain")
         plan.apply += [functools.partial(lean_activations, layer) for layer in layers if not is_lean(layer)]
         return plan
 
@@ -508,15 +510,15 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from _layers(module)
 
 
-def _numbers_per_token(layer: nn.Module, sizes: dict[nn.Module, int]) -> int:
+def _numbers_per_token(layer: nn.Module, parts: dict[nn.Module, Forward]) -> int:
     """How many numbers per token the layer keeps less for backward, where all its products are trained.
 
     Norms elsewhere than in the layer itself are of queries and keys, which no product takes. Where norms
     stand before and after a block, what the latter return is only added.
     """
-    found = {name: module for name, module in layer.named_modules() if module in sizes}
-    blocks = [module for module in found.values() if module._modules]
+    found = {name: module for name, module in layer.named_modules() if module in parts}
+    inner = [module for module in found.values() if module._modules]
     norms = {name: module for name, module in found.items() if not module._modules and "." not in name}
     if any(name.startswith("pre_") for name in norms):
         norms = {name: module for name, module in norms.items() if not name.startswith("post_")}
-    return sum(sizes[module] for module in [*blocks, *norms.values()])
+    return sum(parts[module].rebuilt(module) for module in [*inner, *norms.values()])
