@@ -267,7 +267,7 @@ def test_compiled(device):
     torch.compiler.reset()
     hidden, modules, labels, coefficients = make(device)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.compile(fullgraph=True)
     def compiled(hidden, labels, coefficients):
         return medusa_loss(hidden, modules.tensors(), labels, coefficients)
 

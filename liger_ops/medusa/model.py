@@ -127,7 +127,8 @@ class MedusaModel(PreTrainedModel):
             raise ValueError(f"stage must be 1 (heads alone) or 2 (heads and base), got {stage!r}")
         if stage == 2 and not self._trained_in_base:
             raise ValueError(
-                "stage 2 trains the base, and no parameter of it required a gradient when it got its heads"
+                "stage 2 trains the base, and no parameter of it required a gradient when it got its heads: "
+                "call base.requires_grad_() before, or give it an adapter"
             )
         known = {field.name for field in dataclasses.fields(MedusaConfig)} - {"num_heads", "num_layers"}
         if unknown := sorted(weights.keys() - known):

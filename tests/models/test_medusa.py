@@ -266,8 +266,8 @@ def test_deepcopy_and_pickle(device):
         torch.testing.assert_close(other(**inputs).loss, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("stage", "backend"), [(1, "aot_eager"), (2, "aot_eager"), (2, "inductor")])
-def test_compiled(stage, backend, device):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled(stage, device):
     torch.compiler.reset()
     model = medusa("llama", device, stage)
     inputs = batch(device)
@@ -275,7 +275,7 @@ def test_compiled(stage, backend, device):
     expected.loss.backward()
     gradients = gradients_of(model)
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(**inputs, num_items_in_batch=torch.tensor(7, device=device))
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected.loss)

@@ -322,7 +322,7 @@ def replicated(module):
 def test_data_parallel_replicas(stage, device):
     model = medusa(device, stage).train()
     expected = gradients(model)
-    forward = replicated(model) if device == "cpu" else torch.nn.DataParallel(model)
+    forward = replicated(model) if device == "cpu" else torch.nn.DataParallel(model, device_ids=[0])
     loss, got = gradients(model, forward)
     torch.testing.assert_close(loss.reshape(-1)[0], expected[0])
     assert_same_gradients(got, expected[1])
