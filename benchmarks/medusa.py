@@ -8,7 +8,7 @@ The base has a LLaMA's layers with random weights, made once for each number of 
 `plain` is that model as transformers has it, its heads' logits in the model's dtype, cut and given to
 `F.cross_entropy`: the least that code without fused operators needs. `ours` is the same base patched, and the
 same heads in a `MedusaModel`. Both run the same optimizer with a learning rate of zero: the work is that of
-training, and all see the same weights, so that their losses are compared before anything is timed. What runs
+training, and all see the same weights, so that their losses are compared. What runs
 out of memory is written down as that.
 """
 
