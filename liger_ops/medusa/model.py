@@ -16,14 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 
+from liger_ops.functional import CrossEntropyOutput
 from liger_ops.medusa.config import MedusaConfig
 from liger_ops.medusa.generation import MedusaGeneration, generate
 from liger_ops.medusa.heads import HeadTensors, MedusaHeads, autocast_dtype
 from liger_ops.medusa.loss import medusa_loss
 from liger_ops.transformers.families import family_of, supported_model_types
 from liger_ops.transformers.forwards.causal_lm import balance_loss
-from liger_ops.transformers.forwards.lm_head import linear_head
-from liger_ops.transformers.forwards.loss import logits_loss, next_token_targets, single_number
+from liger_ops.transformers.forwards.lm_head import LinearHead, linear_head, loss_in_call
+from liger_ops.transformers.forwards.loss import (
+    fused_causal_lm_loss,
+    logits_loss,
+    next_token_targets,
+    single_number,
+)
 from liger_ops.transformers.parts import CausalLMHead
 from liger_ops.transformers.patching import unwrap
 
@@ -302,15 +308,12 @@ class MedusaModel(PreTrainedModel):
         separate = None
         if self.stage == 2:
             own = linear_head(self.causal_model.lm_head)
-            if own.obstacle is None:
+            if own.obstacle is None and not own.sharded:
                 heads.insert(0, HeadTensors((), own.weight, own.bias))
                 shifts.insert(0, 0)
                 coefficients = torch.cat([torch.ones_like(coefficients[:1]), coefficients])
             else:
-                # An adapter on the base's head: its logits, which the module itself has to compute.
-                logits = self.causal_model.lm_head(hidden_states)
-                counts = (options["num_items"], options["ignore_index"])
-                separate = logits_loss(logits, targets, *counts, softcap=self.softcap).loss
+                separate = self._base_loss(own, hidden_states, targets, **options)
         loss, losses = medusa_loss(
             hidden_states, heads, targets, coefficients, shifts=shifts, softcap=self.softcap, **options
         )
@@ -320,6 +323,26 @@ class MedusaModel(PreTrainedModel):
         if self.stage == 1:
             return dict(loss=loss, head_losses=losses)
         return dict(loss=loss, head_losses=losses[1:], base_loss=losses[:1])
+
+    def _base_loss(
+        self,
+        own: LinearHead,
+        hidden_states: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        num_items: Tensor | float | None,
+        accum_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The loss of a base's head that has to be called, to have its shards gathered or an adapter run."""
+        head = self.causal_model.lm_head
+        options = dict(num_items_in_batch=num_items, ignore_index=ignore_index, softcap=self.softcap)
+        if own.obstacle is not None:
+            return logits_loss(head(hidden_states), targets, **options).loss
+
+        def loss(x: Tensor, weight: Tensor, bias: Tensor | None) -> CrossEntropyOutput:
+            return fused_causal_lm_loss(x, weight, bias, targets, accum_dtype=accum_dtype, **options)
+
+        return loss_in_call(head, own.linear, hidden_states, loss).loss
 
     # ---------------------------------------------------------------------------------- saving and loading
 

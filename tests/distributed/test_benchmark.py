@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def launch(processes, path, *options):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--master-port=0", "benchmarks/fsdp.py", "--device", "cpu", "--json", str(path)]
+    command += ["--standalone", "benchmarks/fsdp.py", "--device", "cpu", "--json", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

@@ -255,3 +255,38 @@ def device_mesh_of_two_dimensions():
 
 def test_hybrid_sharding(four_workers):
     four_workers(device_mesh_of_two_dimensions)
+
+
+def prepared_by_accelerate(tied, mixed_precision):
+    """Accelerate's own wrapping: blocks, embedding, and the last norm and the head as one group."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    changes = dict(tie_word_embeddings=tied)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+        mixed_precision_policy=mixed_precision,
+    )
+    # On a CPU the launcher offers nothing but DDP; the function that wraps takes any device.
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    model = tiny(**changes)
+    patch(model, strict=True)
+    model = fsdp2_prepare_model(accelerator, model)
+    assert type(model.lm_head).__name__ == "FSDPLinear"
+    with NoDTensor() as operators:
+        losses = training.train(model, steps=3 if mixed_precision else training.STEPS)
+    assert operators.calls["cross_entropy"] == 0
+    if mixed_precision is None:
+        training.assert_same_training(losses, model, training.alone(**changes))
+    else:
+        torch.testing.assert_close(losses, training.alone(**changes)[0][:3], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mixed_precision", [None, "bf16"])
+def test_prepared_by_accelerate(tied, mixed_precision, workers):
+    workers(prepared_by_accelerate, tied, mixed_precision)

@@ -13,7 +13,8 @@ from torch import nn
 from liger_ops.transformers import patch
 
 STEPS = 10
-LEARNING_RATE = 0.1
+# Larger ones make float32's rounding in one process, against float64, grow beyond 1e-5 in ten steps.
+LEARNING_RATE = 0.01
 
 
 def parts(seed: int) -> list[dict[str, torch.Tensor]]:
@@ -98,3 +99,20 @@ def assert_same_parameters(
     for name, parameter in expected.items():
         difference = (parameters[name].double() - parameter.detach().double()).norm()
         assert difference <= rtol * parameter.detach().double().norm(), (name, difference)
+
+
+def examples(rows: int = 96) -> list[dict[str, torch.Tensor]]:
+    """Samples with a different number of targets each, so that means of means differ from the mean."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for row in range(rows):
+        ids = torch.randint(3, 100, (12,), generator=generator)
+        labels = ids.clone()
+        labels[: 1 + row % 7] = -100
+        samples.append(dict(input_ids=ids, labels=labels))
+    return samples
+
+
+def whole_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All of every parameter, whatever holds them."""
+    return {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}

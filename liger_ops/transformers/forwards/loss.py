@@ -46,6 +46,45 @@ def _on_tokens(result: torch.Tensor | CrossEntropyOutput, targets: torch.Tensor)
     return result
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    # By name: where nobody imported DTensor, nothing is one.
+    return type(tensor).__name__ == "DTensor"
+
+
+def _class_shard(tensor: torch.Tensor, dim: int) -> dict[str, Any]:
+    """The process group, the first class here and the number of classes of a DTensor on a 1-D mesh."""
+    mesh, classes = tensor.device_mesh, tensor.shape[dim]
+    # As DTensor splits: as many whole chunks as there are.
+    chunk = -(-classes // mesh.size())
+    start = min(mesh.get_local_rank() * chunk, classes)
+    return dict(group=mesh.get_group(), vocab_start=start, vocab_size=classes)
+
+
+def _sharded_logits_loss(
+    logits: Any,
+    targets: torch.Tensor,
+    num_items: torch.Tensor | int | float | None,
+    ignore_index: int,
+    **options: Any,
+) -> CrossEntropyOutput:
+    """Cross entropy of a DTensor (B, S, V), without gathering classes that are in shards."""
+    last = logits.dim() - 1
+    if logits.device_mesh.ndim != 1 or not logits.placements[0].is_shard(last):
+        return logits_loss(logits.full_tensor(), targets, num_items, ignore_index, **options)
+    from liger_ops.distributed import vocab_parallel_cross_entropy
+
+    local = logits.to_local()
+    result = vocab_parallel_cross_entropy(
+        local.reshape(-1, local.shape[-1]),
+        targets.reshape(-1).to(local.device),
+        **_class_shard(logits, last),
+        ignore_index=ignore_index,
+        num_items=num_items,
+        **options,
+    )
+    return _on_tokens(result, targets)
+
+
 def logits_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -65,6 +104,8 @@ def logits_loss(
         0-d fp32 loss and what else was asked for; predicted tokens are (B, S).
     """
     num_items = single_number(num_items_in_batch)
+    if is_dtensor(logits):
+        return _sharded_logits_loss(logits, targets, num_items, ignore_index, **options)
     result = _on_tokens(
         LF.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
@@ -143,12 +184,57 @@ def fused_causal_lm_loss(
     Returns:
         0-d fp32 loss and what else was asked for; predicted tokens are (B, S).
     """
+    if is_dtensor(weight):
+        return _vocab_parallel_loss(hidden_states, weight, bias, targets, num_items_in_batch, **options)
     result = LF.fused_linear_cross_entropy(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         weight,
         targets.reshape(-1).to(hidden_states.device),
         bias,
         num_items=single_number(num_items_in_batch),
+        **options,
+    )
+    return _on_tokens(result, targets)
+
+
+def _vocab_parallel_loss(
+    hidden_states: Any,
+    weight: Any,
+    bias: Any,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    **options: Any,
+) -> CrossEntropyOutput:
+    """``fused_causal_lm_loss`` with a weight (V, H) that is a DTensor, from this process's shard of it."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    from liger_ops.distributed import vocab_parallel_fused_linear_cross_entropy
+    from liger_ops.transformers.forwards.lm_head import serves
+
+    if not serves(weight):
+        raise NotImplementedError(
+            f"liger_ops: no loss can be computed from a lm_head whose weight has placements "
+            f"{weight.placements} on {weight.device_mesh}: shard its rows over one dimension "
+            "(ColwiseParallel)"
+        )
+    replicated = weight.placements[0].is_replicate()
+    reduce_input_gradient = True
+    if is_dtensor(hidden_states):
+        hidden_states = hidden_states.redistribute(placements=[Replicate()])
+        gradient = Replicate() if replicated else Partial()
+        hidden_states = hidden_states.to_local(grad_placements=[gradient])
+        reduce_input_gradient = False
+    local, local_bias = weight.to_local(), bias.to_local() if is_dtensor(bias) else bias
+    if replicated:
+        return fused_causal_lm_loss(hidden_states, local, local_bias, targets, num_items_in_batch, **options)
+    result = vocab_parallel_fused_linear_cross_entropy(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        local,
+        targets.reshape(-1).to(hidden_states.device),
+        bias=local_bias,
+        **_class_shard(weight, 0),
+        num_items=single_number(num_items_in_batch),
+        reduce_input_gradient=reduce_input_gradient,
         **options,
     )
     return _on_tokens(result, targets)
