@@ -528,29 +528,3 @@ def test_loading(tmp_path):
     assert all(_lean.is_lean(layer) for layer in text_model(loaded).layers)
     apply_liger_kernel_to_llama(model=model, lean_activations=True)
     assert all(_lean.is_lean(layer) for layer in text_model(model).layers)
-
-
-def test_option_of_the_trainer(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    from liger_ops.transformers import install, uninstall
-    from liger_ops.transformers.trainer import reports
-
-    install()
-    try:
-        model = tiny()
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=1,
-            use_cpu=True,
-            report_to="none",
-            use_liger_kernel=True,
-            liger_kernel_config={"lean_activations": True},
-        )
-        sample = {name: tensor[0] for name, tensor in batch().items()}
-        Trainer(model, arguments, train_dataset=[sample] * 4).train()
-        assert [row.count for row in reports()[0].patched if row.option == "lean_activations"] == [2]
-        assert all(_lean.is_lean(layer) for layer in text_model(model).layers)
-    finally:
-        uninstall()
-    assert not any(_lean.is_lean(layer) for layer in text_model(model).layers)

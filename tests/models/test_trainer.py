@@ -276,6 +276,17 @@ def test_configuration_goes_to_patch(installed, arguments, device):
         run(tiny(device=device), arguments(use_liger=True, liger_kernel_config=dict(ropes=True)))
 
 
+def test_lean_activations(installed, arguments, device):
+    """The same losses, and norms that are computed again."""
+    _, plain, losses = run(tiny(device=device), arguments(use_liger=True))
+    options = dict(use_liger=True, liger_kernel_config=dict(lean_activations=True))
+    _, calls, lean_losses = run(tiny(device=device), arguments(**options))
+    assert lean_losses == losses
+    # Two norms in each of two layers and three steps.
+    assert calls["rms_norm"] - plain["rms_norm"] == 12
+    assert [row.count for row in reports()[-1].patched if row.option == "lean_activations"] == [2]
+
+
 def test_model_init(installed, arguments, device):
     trainer = Trainer(
         model_init=lambda: tiny(device=device), args=arguments(use_liger=True), train_dataset=dataset()
