@@ -117,9 +117,10 @@ def test_ten_training_steps(family, stage, device):
             optimizer.step()
             optimizer.zero_grad()
             losses[-1].append(loss.item())
+        losses[-1].append(loss_of(batch(device, 0, family=family)).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    # Untrained models of random tokens learn little in ten steps, but they do.
-    assert min(losses[0][5:]) < losses[0][0]
+    # Of random tokens only those seen before can be learned: the first batch, seen again.
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_bfloat16(device):

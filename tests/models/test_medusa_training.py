@@ -32,7 +32,10 @@ def arguments(tmp_path, device):
             disable_tqdm=True,
             use_cpu=device == "cpu",
         )
-        return TrainingArguments(**quick | changes)
+        made = TrainingArguments(**quick | changes)
+        # With more the Trainer would take DataParallel, whose threads a dispatch mode does not see.
+        made._n_gpu = min(made.n_gpu, 1)
+        return made
 
     return make
 
