@@ -382,9 +382,9 @@ class CausalLMHead(Forward):
         if not uses_stock_loss(module):
             name = getattr(module.loss_function, "__name__", repr(module.loss_function))
             return f"loss_function is {name}: it is called, with logits"
-        if all(parameter.is_meta for parameter in module.parameters()):
-            return None  # not yet initialised
-        obstacle = linear_head(module.lm_head, gathered=gathers_parameters(module)).obstacle
+        # Gathered for a call, or of a model whose weights are yet to be made.
+        later = gathers_parameters(module) or all(parameter.is_meta for parameter in module.parameters())
+        obstacle = linear_head(module.lm_head, later=later).obstacle
         return None if obstacle is None else f"lm_head {obstacle}: logits, then liger::cross_entropy"
 
 
