@@ -114,7 +114,7 @@ def _statistics(loss: _Loss, logits: Tensor, target: Tensor, ignored: Tensor) ->
         per_row, z_loss = per_row * scale, z_loss * scale
     per_row = (per_row + z_loss).masked_fill(ignored, 0).to(lse.dtype)
     z_loss = z_loss.masked_fill(ignored, 0).to(lse.dtype)
-    if predicted.numel() > 0 or loss.predict:
+    if loss.predict:
         predicted = _predicted(loss, logits, predicted, ignored)
     return _Rows(
         column,
@@ -437,12 +437,17 @@ def _output(
         loss = loss.double().sum().to(loss.dtype) if loss.dim() else loss
         z_loss = z_loss.double().sum().to(z_loss.dtype)
     if reduction == "mean":
-        counted = (~ignored).sum() if num_items is None else num_items
-        if isinstance(counted, Tensor):
-            counted = counted.detach().to(loss.device, loss.dtype, non_blocking=True).reshape(())
-            # Nothing counts: the sum is 0, and so is the mean.
-            counted = counted.where(counted != 0, 1)
-        loss, z_loss = loss / counted, z_loss / counted
+        if num_items is None:
+            num_items = (~ignored).sum()
+        if isinstance(num_items, Tensor):
+            divisor = num_items.detach().to(loss.device, loss.dtype, non_blocking=True).reshape(())
+        else:
+            # A fill on the device: copying a number there would wait for it.
+            divisor = torch.full((), num_items, dtype=loss.dtype, device=loss.device)
+        # 0 stands for "no target counts": loss and gradient are 0.
+        counts = divisor != 0
+        divisor = divisor.where(counts, 1)
+        loss, z_loss = loss / divisor * counts, z_loss / divisor * counts
     if not (return_z_loss or return_token_accuracy or return_predicted_tokens):
         return loss
     accuracy = None

@@ -405,10 +405,9 @@ class CausalLMHead(Forward):
         if not uses_stock_loss(module):
             name = getattr(module.loss_function, "__name__", repr(module.loss_function))
             return f"loss_function is {name}: it is called, with logits"
-        # On the meta device a model is still to be initialised, unless a hook brings its weights in a call.
-        if all(p.is_meta for p in module.parameters()) and "_hf_hook" not in module.lm_head.__dict__:
-            return None
-        obstacle = linear_head(module.lm_head, gathered=gathers_parameters(module)).obstacle
+        # Gathered for a call, or of a model whose weights are yet to be made.
+        later = gathers_parameters(module) or all(parameter.is_meta for parameter in module.parameters())
+        obstacle = linear_head(module.lm_head, later=later).obstacle
         return None if obstacle is None else f"lm_head {obstacle}: logits, then liger::cross_entropy"
 
 

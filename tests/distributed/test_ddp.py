@@ -1,5 +1,7 @@
 """Patched models under DistributedDataParallel and the Trainer, against one process on the same batches."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,7 +90,7 @@ def test_accumulation(workers):
     workers(accumulation)
 
 
-def trained(path, batch_size, cls=None, **changes):
+def trained(path, batch_size, **changes):
     """Losses and model of ten steps of the Trainer with our flag."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers import Trainer, TrainingArguments
@@ -121,14 +123,11 @@ def trained(path, batch_size, cls=None, **changes):
     return losses, trainer
 
 
-def trainer(path, average, changes=None):
+def trainer(path, average):
     """`average_tokens_across_devices`: the loss per target of the whole batch, whatever each process has."""
-    import os
-
     install()
     try:
-        changes = dict(average_tokens_across_devices=average) | (changes or {})
-        losses, parallel = trained(path, 2, **changes)
+        losses, parallel = trained(path, 2, average_tokens_across_devices=average)
         # The same batches in one process.
         world = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         expected, one = trained(path, 4)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from liger_ops.distributed import vocab_parallel_fused_linear_cross_entropy
+from tests.distributed.memory import peak_bytes
 from tests.distributed.workers import WorkerError, Workers
 
 
@@ -48,20 +49,6 @@ def test_killed_under_torchrun(tmp_path):
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode != 0
     assert "script.py FAILED" in done.stderr and "ImportError" not in done.stderr
-
-
-def peak_bytes(call):
-    """The most bytes from the CPU's allocator that a call has at a time, beyond those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    alive = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak
 
 
 def loss_memory():

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from liger_ops.transformers import patch
 from tests.distributed import training
+from tests.distributed.memory import peak_bytes
 
 UNTIED = dict(tie_word_embeddings=False)
 TIED = dict(tie_word_embeddings=True)
@@ -290,3 +291,28 @@ def prepared_by_accelerate(tied, mixed_precision):
 @pytest.mark.parametrize("mixed_precision", [None, "bf16"])
 def test_prepared_by_accelerate(tied, mixed_precision, workers):
     workers(prepared_by_accelerate, tied, mixed_precision)
+
+
+def loss_memory():
+    """A step takes the workspace of the loss, 64 MiB here, and never the logits."""
+    classes, rows, length = 8192, 64, 64
+    model = tiny(vocab_size=classes, **UNTIED)
+    patch(model, strict=True)
+    shard(model, "alone")
+    ids = torch.randint(3, classes, (rows, length))
+    logits = 4 * rows * length * classes
+
+    def step(**options):
+        model(input_ids=ids, labels=ids, use_cache=False, **options).loss.backward()
+        model.zero_grad()
+
+    step()
+    backbone = tiny(vocab_size=classes, **UNTIED).model
+    activations = peak_bytes(lambda: backbone(input_ids=ids, use_cache=False)[0].sum().backward())
+    # Beside the workspace: the head's whole weight and its gradient.
+    assert peak_bytes(step) <= activations + 2**26 + 6 * 4 * classes * 32
+    assert peak_bytes(lambda: step(skip_logits=False)) > 2 * logits > 2 * 2**26
+
+
+def test_memory_of_the_loss(workers):
+    workers(loss_memory)

@@ -175,6 +175,7 @@ def corner_cases():
     loss = vocab_parallel_fused_linear_cross_entropy(x, w, torch.full_like(target, -100))
     loss.backward()
     assert loss == 0 and x.grad.count_nonzero() == 0 and w.grad.count_nonzero() == 0
+    assert vocab_parallel_fused_linear_cross_entropy(x, w, target, num_items=0) == 0
     # No tokens.
     empty = vocab_parallel_fused_linear_cross_entropy(
         input[:0].requires_grad_(), w, target[:0], reduction="sum"

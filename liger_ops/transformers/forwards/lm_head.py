@@ -94,15 +94,16 @@ def gathers_parameters(module: nn.Module) -> bool:
     return any(map(_of_sharding_engine, module._forward_pre_hooks.values()))
 
 
-def linear_head(head: nn.Module, gathered: bool = False) -> LinearHead:
+def linear_head(head: nn.Module, later: bool = False) -> LinearHead:
     """Look through wrappers to the weight and bias that ``head(x)`` multiplies by and adds.
 
-    ``gathered``: the parameters are seen before a module above the head puts the whole ones in place.
+    ``later``: asked before the parameters are those of a call: a module above the head gathers them, or the
+    model is not initialised.
     """
     obstacle = _intercepted(head)
     if obstacle is not None:
         return _because(obstacle)
-    found = _look_through(head, gathered)
+    found = _look_through(head, later)
     return _sharded(found) if gathers_parameters(head) else found
 
 
@@ -112,26 +113,26 @@ def _sharded(found: LinearHead) -> LinearHead:
     return found._replace(sharded=True)
 
 
-def _look_through(head: nn.Module, gathered: bool) -> LinearHead:
+def _look_through(head: nn.Module, later: bool) -> LinearHead:
     kind = type(head)
     # FSDP2 makes a subclass of a module's class that inherits its forward.
     if kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.forward is nn.Linear.forward):
         weight = head.weight
         parallel = type(weight).__name__ == "DTensor" and _tensor_parallel(head)
-        shard = type(weight).__name__ == "DTensor" and (gathered or kind is not nn.Linear)
+        shard = type(weight).__name__ == "DTensor" and (later or kind is not nn.Linear)
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor and not (shard or parallel):
             return _because(f"has a weight of type {type(weight).__name__}")
         if parallel and not shard and not serves(weight):
             return _because(f"has a weight with placements {weight.placements}")
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" and not later:
             return _because("has its weight on the meta device (offloaded)")
         return LinearHead(weight, head.bias, None, linear=head, sharded=parallel)
     if kind.__name__ == "FullyShardedDataParallel":
-        return _sharded(linear_head(head.module, gathered))
+        return _sharded(linear_head(head.module, later))
     if kind.__name__ == "ModulesToSaveWrapper":
-        return linear_head(_active_copy(head), gathered)
+        return linear_head(_active_copy(head), later)
     if kind.__name__ == "TrainableTokensWrapper":
-        base = linear_head(head.original_module, gathered)
+        base = linear_head(head.original_module, later)
         if base.obstacle is not None or head.disable_adapters or not head.active_adapters:
             return base
         if base.bias is not None:
@@ -142,7 +143,7 @@ def _look_through(head: nn.Module, gathered: bool) -> LinearHead:
     if hasattr(head, "base_layer") and hasattr(head, "disable_adapters"):
         # A tuner layer adds nothing to its base when its adapters are off, or merged into the base's weight.
         if bool(head.merged) != bool(head.disable_adapters):
-            return linear_head(head.base_layer, gathered)
+            return linear_head(head.base_layer, later)
         return _because(f"carries an adapter ({kind.__module__}.{kind.__name__})")
     return _because(f"is a {kind.__name__}, not a torch.nn.Linear")
 
