@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 
-from . import medusa, plots
+from . import fsdp, medusa, plots
 from .report import RESULTS, ROOT, digits
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 ACCURACY_PAGE = ROOT / "docs" / "accuracy.md"
 MEDUSA_PAGE = ROOT / "docs" / "medusa_results.md"
+DISTRIBUTED_PAGE = ROOT / "docs" / "distributed_results.md"
 
 INTRODUCTION = """# Performance
 
@@ -211,6 +212,34 @@ def medusa_section(name: str, document: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+DISTRIBUTED = """# Several GPUs, measured
+
+Training a LLaMA of the 8B shape under FSDP2, with random weights and tokens, parameters and AdamW's moments
+in bfloat16; then the head and its loss with the classes spread over the GPUs.
+[distributed.md](distributed.md) says how both work. *Checkpointing* is activation checkpointing. This page
+is written by `python -m benchmarks.document`.
+"""
+
+
+def distributed_page(documents: dict[str, dict]) -> str:
+    """One section for all runs on a kind of device."""
+    lines = [DISTRIBUTED]
+    for device in dict.fromkeys(d["environment"]["device"] for d in documents.values()):
+        runs = {name: d for name, d in documents.items() if d["environment"]["device"] == device}
+        picture = f"{next(iter(runs)).partition('_')[0]}.png"
+        merged = fsdp.merged(list(runs.values()))
+        fsdp.plot(merged, IMAGES / picture)
+        lines += [f"## {device}", "", "Commands and result files:", ""]
+        lines += [
+            f"- `{d['environment']['command']}`, {d['environment']['date'][:10]}, torch "
+            f"{d['environment']['versions']['torch']}: [{name}](../benchmarks/results/{name})"
+            for name, d in runs.items()
+        ]
+        lines += ["", f"![tokens per second and peak memory of each GPU](images/{picture})", ""]
+        lines += [fsdp.markdown(merged), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     # Other files hold host times or the demo's runs.
@@ -221,6 +250,9 @@ def main() -> None:
     PAGE.write_text("\n".join([INTRODUCTION, *sections]))
     measured = [accuracy_section(name, d) for name, d in documents.items() if "lines" in d]
     ACCURACY_PAGE.write_text("\n".join([ACCURACY, *measured]))
+    distributed = {name: d for name, d in documents.items() if d.get("kind") == "fsdp"}
+    if distributed:
+        DISTRIBUTED_PAGE.write_text(distributed_page(distributed))
     if heads:
         MEDUSA_PAGE.write_text("\n".join([MEDUSA, *heads]))
 

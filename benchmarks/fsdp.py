@@ -42,6 +42,7 @@ LOSSES = ("gathered", "loss_parallel", "liger", "ours")
 LAYERS = {"llama-3.1-8b": 32, "llama-3.2-1b": 16, "tiny": 2}
 LEARNING_RATE = 1e-4
 POLL_SECONDS = 0.1
+NO_TIME = "not run: time limit"
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ def work(a: argparse.Namespace) -> None:
         for index, case in list(enumerate(cases(a, world)))[a.first :]:
             late = torch.tensor(int(time.time() > a.deadline), device=device.torch)
             dist.broadcast(late, 0)
-            result: dict[str, Any] = {"failure": "not run: time limit"}
+            result: dict[str, Any] = {"failure": NO_TIME}
             if not late:
                 result = MEASURE[case.kind](case, a, device)
             dist.barrier()
@@ -550,12 +551,21 @@ def markdown(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def merged(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One document for each number of processes; what a run had no time for is left to the others."""
+    found: dict[int, dict[str, Any]] = {}
+    for document in documents:
+        rows = [r for r in document["rows"] if r.get("failure") != NO_TIME]
+        if document["processes"] in found:
+            found[document["processes"]]["rows"] += rows
+        else:
+            found[document["processes"]] = document | {"rows": rows}
+    return list(found.values())
+
+
 def plot(documents: list[dict[str, Any]], path: Path) -> None:
     """Throughput and memory over the sequence length, of the run with the most processes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.plots import COLOURS, TITLES, plt
 
     document = max(documents, key=lambda d: d["processes"])
     rows = [r for r in document["rows"] if r["group"] == "sweep" and "failure" not in r]
@@ -563,15 +573,17 @@ def plot(documents: list[dict[str, Any]], path: Path) -> None:
     for provider in dict.fromkeys(r["provider"] for r in rows):
         of_provider = [r for r in rows if r["provider"] == provider]
         lengths = [r["length"] for r in of_provider]
-        label = "liger-ops" if provider == "ours" else provider
-        speed.plot(lengths, [r["tokens_per_second_per_process"] for r in of_provider], "o-", label=label)
-        memory.plot(lengths, [r.get("peak_gib") or 0 for r in of_provider], "o-", label=label)
+        style = dict(color=COLOURS[provider], label=TITLES.get(provider, provider))
+        speed.plot(lengths, [r["tokens_per_second_per_process"] for r in of_provider], "o-", **style)
+        memory.plot(lengths, [r.get("peak_gib") or 0 for r in of_provider], "o-", **style)
     batch = rows[0]["batch"] if rows else ""
     speed.set(ylabel="tokens/s per GPU", ylim=(0, None))
     memory.set(ylabel="peak GiB per GPU", ylim=(0, None))
     for axis in (speed, memory):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(f"sequence length, batch {batch}")
+        lengths = sorted({r["length"] for r in rows})
+        axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.grid(alpha=0.3)
     speed.legend()
     sizes = document["sizes"]
@@ -584,7 +596,7 @@ def plot(documents: list[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
     if a.markdown:
-        documents = [json.loads(path.read_text()) for path in a.markdown]
+        documents = merged([json.loads(path.read_text()) for path in a.markdown])
         print(markdown(documents))
         if a.plot:
             plot(documents, a.plot)
@@ -620,7 +632,7 @@ def main(argv: list[str] | None = None) -> int:
         path.unlink()
     a.folder.rmdir()
     # A peer that fails is a result; this package failing for another reason than memory is an error.
-    allowed = ("out of memory", "not run: time limit")
+    allowed = ("out of memory", NO_TIME)
     return int(any(r.get("failure", allowed[0]) not in allowed for r in rows if r["provider"] == "ours"))
 
 

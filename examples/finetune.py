@@ -9,6 +9,10 @@ model starts from random weights. Real fine-tuning takes Hub names or local fold
 
 Both runs see the same seed and the same data; train_once.py is what each of them executes. The output folder
 receives results.json and comparison.png.
+
+    torchrun --nproc-per-node=2 examples/finetune.py
+
+trains in several processes, one for each GPU or all on the CPU, with DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +32,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from _text import END_OF_TEXT, load_documents, to_blocks, train_tokenizer
 from train_once import WARM_UP_STEPS, Settings
 
@@ -126,16 +132,36 @@ def prepare_data(settings: Settings, arguments: argparse.Namespace) -> str:
     return f"{source}: {len(documents)} documents, {blocks.numel():,} tokens, {entries:,} tokenizer entries"
 
 
+def processes() -> int:
+    """How many processes torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meeting_point() -> dict[str, str]:
+    """Environment in which the training processes of one run, and no others, find each other."""
+    if processes() == 1:
+        # With several GPUs the Trainer would use all of them through DataParallel.
+        return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    port = [None]
+    if dist.get_rank() == 0:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = [s.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    # Not torchrun's own store, in which the names of the other run's processes are.
+    return {"MASTER_PORT": str(port[0]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
 def run_variant(settings_file: Path, variant: str) -> dict:
     script = Path(__file__).with_name("train_once.py")
     variables = {
-        # With several GPUs the Trainer would use all of them through DataParallel.
-        "CUDA_VISIBLE_DEVICES": "0",
         # glibc keeps freed blocks of up to 32 MiB, and before 2.38 cannot reuse most of them for tensors:
         # resident memory would grow with every step, whatever the step needs. From 16 MiB on it gives them
         # back.
         "MALLOC_MMAP_THRESHOLD_": str(16 * MIB),
-    } | os.environ
+        **os.environ,
+        **meeting_point(),
+    }
     if subprocess.run([sys.executable, script, settings_file, variant], env=variables).returncode:
         raise SystemExit(f"the {variant} run failed; its error is above")
     return json.loads((settings_file.parent / f"{variant}.json").read_text())
@@ -261,24 +287,31 @@ def main() -> int:
     require_liger_ops()
     from rich.console import Console
 
-    console = Console(highlight=False)
+    if processes() > 1:
+        dist.init_process_group("gloo")
+    first = processes() == 1 or dist.get_rank() == 0
+    console = Console(highlight=False, quiet=not first)
     started = time.perf_counter()
     settings = resolve(arguments)
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
-    console.print("[bold]1/3[/] text and tokenizer")
-    console.print(f"    {prepare_data(settings, arguments)}")
     settings_file = folder / "settings.json"
-    settings_file.write_text(json.dumps(asdict(settings)))
+    if first:
+        console.print("[bold]1/3[/] text and tokenizer")
+        console.print(f"    {prepare_data(settings, arguments)}")
+        settings_file.write_text(json.dumps(asdict(settings)))
     runs = {}
     for number, (variant, words) in enumerate(VARIANTS.items(), start=2):
         console.print(f"[bold]{number}/3[/] {settings.steps} steps with {words}")
         runs[variant] = run_variant(settings_file, variant)
+    if not first:
+        return 0
     plain, liger = runs["plain"], runs["liger"]
     comparison = compare(plain, liger)
     name = settings.model or f"LLaMA with {plain['parameters'] / 1e6:.0f} M parameters"
     device = torch.cuda.get_device_name() if settings.device == "cuda" else f"CPU, {plain['threads']} threads"
-    title = f"{name}, {settings.batch} x {settings.length} tokens a step, {settings.dtype}, {device}"
+    sequences = f"{settings.batch} x " + (f"{processes()} processes x " if processes() > 1 else "")
+    title = f"{name}, {sequences}{settings.length} tokens a step, {settings.dtype}, {device}"
     print_table(console, title, plain, liger, comparison)
     plot(folder / "comparison.png", title, plain, liger)
     results = {"environment": environment(), "device": device, "settings": asdict(settings)}

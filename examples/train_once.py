@@ -1,11 +1,13 @@
 """One training run of the example: `python train_once.py SETTINGS VARIANT`, started by finetune.py.
 
-A process of its own for each variant, so that neither inherits what the other left in memory.
+A process of its own for each variant, so that neither inherits what the other left in memory. Under torchrun
+there are several for each, which train together; the first writes what came of it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -170,15 +172,19 @@ def train(settings: Settings, variant: str) -> dict:
         name: value.to(model.device)
         for name, value in trainer.data_collator(dataset[: settings.batch]).items()
     }
-    operators = count_liger_operators(lambda: model(**batch).loss.backward())
+    operators = count_liger_operators(lambda: trainer.model_wrapped(**batch).loss.backward())
+    # Each process has the loss of its own sequences, weighed so that their mean is that of all.
+    mean_losses = trainer.accelerator.reduce(torch.stack(losses).float(), reduction="mean")
+    world = trainer.args.world_size
     return {
         "variant": variant,
-        "tokens_per_second": settings.batch * settings.length / step_seconds,
+        "processes": world,
+        "tokens_per_second": world * settings.batch * settings.length / step_seconds,
         "speed_is": f"20th percentile of the steps' times, without the first {WARM_UP_STEPS}",
         "step_seconds": seconds,
         "peak_memory_mib": peak,
         "peak_memory_is": memory.meaning,
-        "losses": [loss.float().item() for loss in losses],
+        "losses": mean_losses.tolist(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "liger_operator_calls_per_step": operators,
         "threads": torch.get_num_threads(),
@@ -189,7 +195,8 @@ def main() -> None:
     settings_file, variant = Path(sys.argv[1]), sys.argv[2]
     settings = Settings(**json.loads(settings_file.read_text()))
     record = train(settings, variant)
-    (settings_file.parent / f"{variant}.json").write_text(json.dumps(record))
+    if int(os.environ.get("RANK", 0)) == 0:
+        (settings_file.parent / f"{variant}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

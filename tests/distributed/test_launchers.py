@@ -1,5 +1,6 @@
 """The examples of examples/distributed, started as their first lines say, in two processes on the CPU."""
 
+import json
 import os
 import re
 import subprocess
@@ -33,6 +34,27 @@ def torchrun(script, *options, **environment):
 def test_fsdp2(options, tmp_path):
     torchrun("distributed/fsdp2.py", "--steps", "11", "--output", str(tmp_path), *options)
     assert (tmp_path / "checkpoint" / ".metadata").exists()
+
+
+def test_finetune(tmp_path):
+    """The demo in two processes: both runs, with losses that are the same and those of all processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--quick", "--device", "cpu", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "finetune.py"), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("largest loss difference") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["processes"] for run in results["runs"].values()] == [2, 2]
+    assert results["comparison"]["largest_loss_difference"] < 1e-4
+    liger = results["runs"]["liger"]
+    assert liger["losses"][-1] < liger["losses"][0]
+    assert liger["liger_operator_calls_per_step"]["rms_norm"] == 5
 
 
 def test_accelerate(tmp_path):
