@@ -16,7 +16,7 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
 
-.PHONY: help venv build test test-gpu test-newest lint format demo bench notebooks docs clean
+.PHONY: help venv build test test-gpu test-newest test-deepspeed lint format demo bench notebooks docs clean
 
 help:
 	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-newest  test the Hugging Face layer on the newest transformers and TRL"
 	@echo "make notebooks  run the notebooks in place, outputs included"
 	@echo "make docs    build the documentation's site into build/site, which needs no network"
+	@echo "make test-deepspeed  test patched models under DeepSpeed's ZeRO-3"
 	@echo "make lint    check formatting and style       make format   mend them"
 	@echo "make build   set up and build                 make clean    remove the build"
 
@@ -64,6 +65,17 @@ test-newest: build
 	$(NEWEST)/bin/python -m pip list 2>/dev/null | grep -E '^(torch|transformers|trl|peft|accelerate) '
 	PYTHONPATH="$(CURDIR)" $(NEWEST)/bin/python -m pytest tests/models tests/test_compat.py tests/test_run.py \
 	  --junit-xml=build/test-newest.xml
+
+# DeepSpeed has a virtual environment of its own: where it is installed, transformers and accelerate import it in
+# every process, and now and then a process that has used gloo then aborts as it exits.
+DEEPSPEED := $(VENV)-deepspeed
+
+test-deepspeed: build
+	test -x $(DEEPSPEED)/bin/python || $(BIN)/python -m venv $(DEEPSPEED)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > $$($(DEEPSPEED)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/zz-behind.pth
+	$(DEEPSPEED)/bin/python -m pip install --quiet deepspeed==0.19.8
+	PYTHONPATH="$(CURDIR)" $(DEEPSPEED)/bin/python -m pytest tests/distributed/test_deepspeed.py
 
 lint: venv
 	$(BIN)/ruff check .

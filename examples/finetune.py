@@ -304,6 +304,8 @@ def main() -> int:
     for number, (variant, words) in enumerate(VARIANTS.items(), start=2):
         console.print(f"[bold]{number}/3[/] {settings.steps} steps with {words}")
         runs[variant] = run_variant(settings_file, variant)
+    if processes() > 1:
+        dist.destroy_process_group()
     if not first:
         return 0
     plain, liger = runs["plain"], runs["liger"]

@@ -197,6 +197,8 @@ def main() -> None:
     record = train(settings, variant)
     if int(os.environ.get("RANK", 0)) == 0:
         (settings_file.parent / f"{variant}.json").write_text(json.dumps(record))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
