@@ -1,6 +1,7 @@
 """Isolation of the tests that patch models."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,15 @@ def stock_afterwards():
     from tiny import forget_patches
 
     forget_patches()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """The next test's Accelerator is its own: Accelerate keeps the first one's settings for the process."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
