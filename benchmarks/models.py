@@ -12,7 +12,6 @@ same weights and see the same tokens: their losses are compared.
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import os
 import statistics
@@ -412,7 +411,6 @@ def main(argv: list[str] | None = None) -> int:
         },
         "training_results": results,
     }
-    gc.collect()
     path = a.json or report.default_path(document["environment"], "models")
     for model in a.models:
         for provider in a.providers:

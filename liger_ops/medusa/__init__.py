@@ -10,9 +10,9 @@ transformers when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from liger_ops._lazy import lazy_attributes
 from liger_ops.medusa.config import MedusaConfig
 from liger_ops.medusa.heads import MedusaHeads, ResBlock
 from liger_ops.medusa.loss import MedusaLoss, medusa_loss
@@ -45,15 +45,4 @@ _LAZY = {
     "parameter_groups": "training",
 }
 
-
-def __getattr__(name: str) -> Any:
-    submodule = _LAZY.get(name)
-    if submodule is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{submodule}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_attributes(__name__, _LAZY)

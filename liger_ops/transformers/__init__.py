@@ -5,9 +5,9 @@ Submodules that need transformers are imported when a name of theirs is first us
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from liger_ops._lazy import lazy_attributes
 from liger_ops.nn import (
     LigerBlockSparseTop2MLP,
     LigerCrossEntropyLoss,
@@ -127,15 +127,4 @@ _LAZY = {
     "uninstall": "trainer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    submodule = _LAZY.get(name)
-    if submodule is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{submodule}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_attributes(__name__, _LAZY)
