@@ -101,9 +101,10 @@ DOCUMENT = {
 }
 
 
-def test_results_become_a_page_and_a_picture(tmp_path):
+def test_results_become_a_page_and_a_picture(tmp_path, monkeypatch):
     from benchmarks import document, medusa
 
+    monkeypatch.setattr(document, "IMAGES", tmp_path)
     page = document.medusa_section("medusa_gpu.json", DOCUMENT)
     assert "| 1 | 32 | 3 | 1024 | 2,000 | 3,000 | 1.50 | 40.0 | 20.0 | 0.50 |" in page
     assert "| 1 | 32 | 3 | 2048 | out of memory | 2,000 |  | out of memory | 40.0 |  |" in page
