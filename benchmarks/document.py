@@ -180,10 +180,13 @@ def training_section(documents: dict[str, dict]) -> str:
 
 MEDUSA = """# Training Medusa heads, measured
 
-A training step (forward, backward, optimizer) of plain transformers with the logits of every head, and of
-liger_ops, on the same weights and tokens; [medusa.md](medusa.md) says what is trained and
-`python -m benchmarks.medusa --help` how it is measured. Memory is the most that PyTorch had allocated, with
-weights, gradients and optimizer state. This page is written by `python -m benchmarks.document`.
+A training step (forward, backward, optimizer) on the same weights and tokens, by three implementations:
+*stacked logits*, as the published training programs compute the loss (FasterDecoding/Medusa,
+Liger-Kernel's example); *logits by head*, the least that transformers and PyTorch need without fused
+operators; and *liger-ops*. [medusa.md](medusa.md) says what is trained, `python -m benchmarks.medusa --help`
+how it is measured. *Peak* is the most that PyTorch had allocated; *step* is the part of it beyond weights and
+optimizer state, which several GPUs divide between them while each of them needs the whole step. This page is
+written by `python -m benchmarks.document`.
 """
 
 
@@ -196,16 +199,21 @@ def medusa_section(name: str, document: dict) -> str:
         f"transformers {environment['versions']['transformers']}. Result file: "
         f"[{name}](../benchmarks/results/{name}). Optimizer {sizes['optimizer']}, residual blocks in each "
         f"head: {sizes['head_layers']}.",
-        "",
-        "| stage | layers of the base | heads | tokens | tokens/s, transformers | liger-ops | ratio "
-        "| GiB, transformers | liger-ops | ratio |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (stage, heads, length), rows in medusa.grouped(document["results"]).items():
-        layers = next(iter(rows.values()))["layers"]
-        row = [stage, layers, heads, length]
-        row += medusa.cells(rows, "tokens_per_second", ",.0f") + medusa.cells(rows, "peak_memory_gib", ".1f")
-        lines.append(f"| {' | '.join(map(str, row))} |")
+    stacked, plain, _ = medusa.IMPLEMENTATIONS.values()
+    quantities = {
+        "Tokens per second": ("tokens_per_second", ",.0f"),
+        "Peak memory, GiB": ("peak_memory_gib", ".1f"),
+        "Memory of a step, GiB": ("step_memory_gib", ".1f"),
+    }
+    for title, (key, shape) in quantities.items():
+        heading = ["stage", "layers", "heads", "tokens", *medusa.IMPLEMENTATIONS.values()]
+        heading += [f"over {stacked}", f"over {plain}"]
+        lines += ["", f"{title}:", "", f"| {' | '.join(heading)} |", f"|{'--:|' * len(heading)}"]
+        for (stage, heads, length), rows in medusa.grouped(document["results"]).items():
+            row = [stage, next(iter(rows.values()))["layers"], heads, length]
+            row += medusa.cells(rows, key, shape) + medusa.ratios(rows, key)
+            lines.append(f"| {' | '.join(map(str, row))} |")
     picture = f"{name.removesuffix('.json')}.png"
     medusa.draw(document, IMAGES / picture)
     lines += ["", f"![tokens per second and peak memory](images/{picture})"]

@@ -5,10 +5,12 @@
     python -m benchmarks.medusa --draw benchmarks/results/medusa_h100.json
 
 The base has a LLaMA's layers with random weights, made once for each number of layers, right on the device.
-`plain` is that model as transformers has it, its heads' logits in the model's dtype, cut and given to
-`F.cross_entropy`: the least that code without fused operators needs. `ours` is the same base patched, and the
-same heads in a `MedusaModel`. Both run the same optimizer with a learning rate of zero: the work is that of
-training, and all see the same weights, so that their losses are compared. What runs
+`stacked` is that model as transformers has it, with the loss as the published training programs compute it
+(FasterDecoding/Medusa: medusa/train/train.py; linkedin/Liger-Kernel: examples/medusa): the logits of all
+heads stacked, each head's cut out and, as in the latter, in float32. `plain` gives each head's logits, in the
+model's dtype, to `F.cross_entropy` by itself: the least that code without fused operators needs. `ours` is
+the same base patched, and the same heads in a `MedusaModel`. All run the same optimizer, learning rate
+zero: the work is that of training, and all see the same weights, so that losses are compared. What runs
 out of memory is written down as that.
 """
 
@@ -36,7 +38,7 @@ from .shapes import SHAPES, Shape
 if TYPE_CHECKING:
     from liger_ops.medusa import MedusaModel
 
-IMPLEMENTATIONS = ("plain", "ours")
+IMPLEMENTATIONS = {"stacked": "stacked logits", "plain": "logits by head", "ours": "liger-ops"}
 OUT_OF_MEMORY = "out of memory"
 IMAGES = report.ROOT / "docs" / "images"
 GIB = 2**30
@@ -67,7 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--optimizer", choices=("adamw", "sgd"), default="adamw", help="fused AdamW, or plain SGD"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in stage 2, for both")
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS)
+    )
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the timed ones (2)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps (4)")
     parser.add_argument(
@@ -131,6 +135,19 @@ def add_heads(base: torch.nn.Module, heads: int, layers: int, stage: int) -> Med
     return model.train()
 
 
+def stacked_loss(model: MedusaModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.set_grad_enabled(model.stage == 2):
+        hidden = model.base.model(ids, use_cache=False).last_hidden_state
+        logits = [model.base.lm_head(hidden)]
+    logits = torch.stack([*logits, *(head(hidden) for head in model.heads)])
+    loss = 0.0
+    for ahead, coefficient in enumerate([1.0, *model.coefficients], start=1):
+        if ahead > 1 or model.stage == 2:
+            shifted = logits[ahead - 1, :, :-ahead].contiguous().flatten(0, 1).float()
+            loss = loss + coefficient * F.cross_entropy(shifted, ids[:, ahead:].flatten())
+    return loss
+
+
 def plain_loss(model: MedusaModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.set_grad_enabled(model.stage == 2):
         hidden = model.base.model(ids, use_cache=False).last_hidden_state
@@ -152,8 +169,8 @@ def our_loss(model: MedusaModel, ids: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def implementation(name: str, model: MedusaModel) -> Iterator[Callable]:
-    if name == "plain":
-        yield plain_loss
+    if name != "ours":
+        yield {"stacked": stacked_loss, "plain": plain_loss}[name]
         return
     from liger_ops.transformers import patched
 
@@ -178,7 +195,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(name: str, model: MedusaModel, ids: torch.Tensor, a: argparse.Namespace) -> dict:
-    """Tokens per second, peak memory, and the losses of the steps before the timed ones."""
+    """Tokens per second, memory, and the loss. Memory at rest is that of weights and optimizer state."""
     device = ids.device
     cuda = device.type == "cuda"
     release(device)
@@ -209,11 +226,13 @@ def measure(name: str, model: MedusaModel, ids: torch.Tensor, a: argparse.Namesp
                 seconds.append(time.perf_counter() - start)
     finally:
         model.zero_grad(set_to_none=True)
+    loss = losses[0].item()
     return {
         "tokens_per_second": ids.numel() / statistics.median(seconds),
         "step_seconds": seconds,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
-        "loss": losses[0].item(),
+        "memory_at_rest_gib": torch.cuda.memory_allocated() / GIB if cuda else None,
+        "loss": loss,
     }
 
 
@@ -275,21 +294,31 @@ def run(a: argparse.Namespace, device: torch.device) -> tuple[list[dict], bool]:
                 f"  stage {stage}, {heads} heads, {length} tokens, {name}: "
                 + (row["failure"] if speed is None else f"{speed:,.0f} tokens/s, loss {row['loss']:.4f}")
             )
-        if len(losses) == 2 and not math.isclose(losses["plain"], losses["ours"], rel_tol=1e-2):
+        if losses and not math.isclose(min(losses.values()), max(losses.values()), rel_tol=1e-2):
             for row in results[-len(a.implementations) :]:
-                row["failure"] = f"losses differ: plain {losses['plain']:.5f}, ours {losses['ours']:.5f}"
-                report.progress.print(f"  {row['failure']}")
+                row["failure"] = "losses differ: " + ", ".join(f"{n} {x:.5f}" for n, x in losses.items())
+            report.progress.print(f"  {row['failure']}")
     return results, False
 
 
 def cells(rows: dict[str, dict], key: str, shape: str) -> list[str]:
-    """Both implementations' values and their ratio, as words."""
-    values = [rows[name].get(key) if name in rows else None for name in IMPLEMENTATIONS]
-    words = [
-        format(value, shape) if value is not None else rows.get(name, {}).get("failure", "")
-        for name, value in zip(IMPLEMENTATIONS, values, strict=True)
-    ]
-    return [*words, f"{values[1] / values[0]:.2f}" if all(values) else ""]
+    """Every implementation's value, as words."""
+    measured = [rows.get(name, {}) for name in IMPLEMENTATIONS]
+    return [row.get("failure", "") if row.get(key) is None else format(row[key], shape) for row in measured]
+
+
+def ratios(rows: dict[str, dict], key: str) -> list[str]:
+    """Our value over that of each of the others."""
+    ours = rows.get("ours", {}).get(key)
+    others = [rows.get(name, {}).get(key) for name in IMPLEMENTATIONS if name != "ours"]
+    return [f"{ours / other:.2f}" if ours and other else "" for other in others]
+
+
+def add_step_memory(results: list[dict]) -> None:
+    """What a step needs beyond weights and optimizer state, where both were measured."""
+    for row in results:
+        if row.get("peak_memory_gib") is not None and row.get("memory_at_rest_gib") is not None:
+            row["step_memory_gib"] = row["peak_memory_gib"] - row["memory_at_rest_gib"]
 
 
 def grouped(results: list[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
@@ -302,8 +331,9 @@ def grouped(results: list[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
 def print_table(results: list[dict], title: str) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("stage, heads, tokens", no_wrap=True)
-    for name in ("plain tokens/s", "ours", "ratio", "plain peak GiB", "ours", "ratio", "loss plain", "ours"):
-        table.add_column(name, justify="right")
+    for quantity in ("tokens/s", "peak GiB", "loss"):
+        for name in IMPLEMENTATIONS:
+            table.add_column(f"{name} {quantity}", justify="right")
     previous = None
     for (stage, heads, length), rows in grouped(results).items():
         if previous and previous != (stage, heads):
@@ -313,7 +343,7 @@ def print_table(results: list[dict], title: str) -> None:
             f"{stage}, {heads}, {length}",
             *cells(rows, "tokens_per_second", ",.0f"),
             *cells(rows, "peak_memory_gib", ".1f"),
-            *cells(rows, "loss", ".4f")[:2],
+            *cells(rows, "loss", ".4f"),
         )
     report.out.print(table)
 
@@ -333,17 +363,18 @@ def draw(document: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.2 * len(columns), 6), layout="constrained", squeeze=False, sharey="row"
     )
-    colours = {"plain": COLOURS["torch"], "ours": COLOURS["ours"]}
-    labels = {"plain": "transformers", "ours": "liger-ops"}
+    colours = {"stacked": COLOURS["compile"], "plain": COLOURS["torch"], "ours": COLOURS["ours"]}
+    present = [name for name in IMPLEMENTATIONS if any(name in rows for rows in groups.values())]
+    width = 0.8 / len(present)
     for column, (stage, heads) in enumerate(columns):
         lengths = sorted(length for s, h, length in groups if (s, h) == (stage, heads))
         layers = next(row["layers"] for row in groups[stage, heads, lengths[0]].values())
         for axis, key in ((axes[0][column], "tokens_per_second"), (axes[1][column], "peak_memory_gib")):
-            for offset, name in zip((-0.2, 0.2), IMPLEMENTATIONS, strict=True):
+            for number, name in enumerate(present):
                 rows = [groups[stage, heads, length].get(name, {}) for length in lengths]
-                values = [row.get(key) for row in rows]
-                places = [i + offset for i in range(len(lengths))]
-                axis.bar(places, [v or 0 for v in values], 0.38, color=colours[name], label=labels[name])
+                values = [row.get(key) or 0 for row in rows]
+                places = [i + width * (number - (len(present) - 1) / 2) for i in range(len(lengths))]
+                axis.bar(places, values, 0.95 * width, color=colours[name], label=IMPLEMENTATIONS[name])
                 for place, row in zip(places, rows, strict=True):
                     if row.get("failure") == OUT_OF_MEMORY:
                         axis.text(
@@ -361,7 +392,7 @@ def draw(document: dict, path: Path) -> None:
     axes[0][0].set_ylabel("tokens/s")
     axes[1][0].set_ylabel("peak memory, GiB")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=len(present), frameon=False)
     figure.suptitle(title_of(document), fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -379,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(a.device)
     environment = report.environment(device, a.commit)
     results, stopped = run(a, device)
+    add_step_memory(results)
     shape = SHAPES[a.shape]
     sizes = {
         "shape": a.shape,

@@ -71,12 +71,12 @@ def test_benchmark(tmp_path):
     document = json.loads(target.read_text())
     assert document["environment"]["command"].startswith("python -m benchmarks.medusa --device cpu")
     rows = {(r["stage"], r["implementation"]): r for r in document["results"]}
-    assert rows.keys() == {(1, "plain"), (1, "ours"), (2, "plain"), (2, "ours")}
-    for stage in (1, 2):
-        plain, ours = rows[stage, "plain"], rows[stage, "ours"]
-        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-        assert plain["tokens_per_second"] > 0 and ours["tokens_per_second"] > 0
-        assert "failure" not in ours
+    names = ("stacked", "plain", "ours")
+    assert rows.keys() == {(stage, name) for stage in (1, 2) for name in names}
+    for (stage, name), result in rows.items():
+        assert result["loss"] == pytest.approx(rows[stage, "plain"]["loss"], rel=1e-5), name
+        assert result["tokens_per_second"] > 0
+        assert "failure" not in result
 
 
 def row(implementation, **values):
@@ -93,8 +93,9 @@ DOCUMENT = {
     },
     "sizes": dict(shape="llama-3.1-8b", batch=1, dtype="bfloat16", optimizer="adamw", head_layers=1),
     "results": [
+        row("stacked", tokens_per_second=1500.0, peak_memory_gib=80.0, step_memory_gib=62.5),
         row("plain"),
-        row("ours", tokens_per_second=3000.0, peak_memory_gib=20.0),
+        row("ours", tokens_per_second=3000.0, peak_memory_gib=20.0, step_memory_gib=2.5),
         row("plain", length=2048, tokens_per_second=None, peak_memory_gib=None, failure="out of memory"),
         row("ours", length=2048),
     ],
@@ -106,8 +107,10 @@ def test_results_become_a_page_and_a_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(document, "IMAGES", tmp_path)
     page = document.medusa_section("medusa_gpu.json", DOCUMENT)
-    assert "| 1 | 32 | 3 | 1024 | 2,000 | 3,000 | 1.50 | 40.0 | 20.0 | 0.50 |" in page
-    assert "| 1 | 32 | 3 | 2048 | out of memory | 2,000 |  | out of memory | 40.0 |  |" in page
+    assert "| 1 | 32 | 3 | 1024 | 1,500 | 2,000 | 3,000 | 2.00 | 1.50 |" in page
+    assert "| 1 | 32 | 3 | 1024 | 80.0 | 40.0 | 20.0 | 0.25 | 0.50 |" in page
+    assert "| 1 | 32 | 3 | 1024 | 62.5 |  | 2.5 | 0.04 |  |" in page
+    assert "| 1 | 32 | 3 | 2048 |  | out of memory | 40.0 |  |  |" in page
     medusa.draw(DOCUMENT, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -118,7 +121,7 @@ def test_out_of_memory_is_a_result(monkeypatch):
     from benchmarks import medusa
 
     def starve(name, model, ids, a):
-        if name == "plain":
+        if name != "ours":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"tokens_per_second": 1.0, "peak_memory_gib": 1.0, "loss": 1.0}
 
@@ -126,8 +129,8 @@ def test_out_of_memory_is_a_result(monkeypatch):
     a = medusa.parse(["--device", "cpu", "--shape", "tiny", "--layers", "1", "--stages", "1", "--heads", "1"])
     results, stopped = medusa.run(a, torch.device("cpu"))
     assert not stopped
-    assert [r["tokens_per_second"] for r in results] == [None, 1.0] * 4
-    assert results[0]["failure"] == "out of memory" and "failure" not in results[1]
+    assert [r["tokens_per_second"] for r in results] == [None, None, 1.0] * 4
+    assert results[0]["failure"] == "out of memory" and "failure" not in results[2]
     a.time_limit = 0.0
     results, stopped = medusa.run(a, torch.device("cpu"))
     assert stopped and results == []
