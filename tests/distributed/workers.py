@@ -1,4 +1,4 @@
-"""Processes that form one process group on the CPU and run functions together."""
+"""Processes that form one process group, on the CPU or with a GPU each, and run functions together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # A collective that waits for a process which has failed gives up after this many seconds.
-GLOO_TIMEOUT = 30
+COLLECTIVE_TIMEOUT = 30
 CHECK_TIMEOUT = 120
 
 
@@ -29,15 +29,19 @@ class WorkerError(AssertionError):
     """What went wrong in the workers, with their tracebacks."""
 
 
-def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _work(rank: int, size: int, port: int, backend: str, pipe: Connection) -> None:
     environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    if backend == "gloo":
+        environment["ACCELERATE_USE_CPU"] = "true"
     os.environ.update({name: str(value) for name, value in environment.items()})
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=GLOO_TIMEOUT))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT))
     while (task := pipe.recv()) is not None:
         function, args = task
         torch.manual_seed(0)
@@ -53,10 +57,13 @@ def _work(rank: int, size: int, port: int, pipe: Connection) -> None:
 
 
 class Workers:
-    """``size`` processes. They start with the first call, and again after a call that failed."""
+    """``size`` processes. They start with the first call, and again after a call that failed.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    With the backend ``"nccl"`` each has the GPU of its rank.
+    """
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self.size, self.backend = size, backend
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
@@ -65,7 +72,9 @@ class Workers:
         port = free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_work, args=(rank, self.size, port, self.backend, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.processes.append(process)
