@@ -19,6 +19,7 @@
 // backward is called with at least one defined gradient, and returns one for each of the kInputs tensors that
 // make_node got.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function.h>
@@ -151,15 +152,19 @@ struct BackwardNode : torch::autograd::Node {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
+    // Before the guard: the hooks of saved tensors may run anything, such as the forward pass of a
+    // checkpoint.
+    const auto values = std::apply(
+        [&](const auto&... member) {
+          return std::tuple<detail::Plain<decltype(member)>...>{detail::plain(member, getptr())...};
+        },
+        Derived::members(self()));
     // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are
     // there to say that this is not implemented, can be left out.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!at::GradMode::is_enabled() && !any_tangent(grads)) below_autograd.emplace();
     return std::apply(
-        [&](const auto&... member) {
-          return Derived::backward(grads, wanted(), detail::plain(member, getptr())...);
-        },
-        Derived::members(self()));
+        [&](const auto&... value) { return Derived::backward(grads, wanted(), value...); }, values);
   }
 
  private:
@@ -189,11 +194,17 @@ struct BackwardNode : torch::autograd::Node {
   }
 };
 
+// Refuses tensors with tangents (forward-mode differentiation), whose derivative would be lost.
+template <typename... Inputs>
+void check_no_tangent(const char* op, const Inputs&... inputs) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(detail::has_tangent(inputs) || ...), "liger::", op,
+      ": forward-mode differentiation is not implemented; use reverse mode (torch.autograd.grad)");
+}
+
 // A node that leads to the inputs, or null when none of them wants a gradient.
 template <typename Node, typename... Inputs>
 std::shared_ptr<Node> make_node(const char* op, const Inputs&... inputs) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(detail::has_tangent(inputs) || ...), "liger::", op,
-      ": forward-mode differentiation is not implemented; use reverse mode (torch.autograd.grad)");
+  check_no_tangent(op, inputs...);
   if (!torch::autograd::compute_requires_grad(inputs...)) return nullptr;
   static_assert(sizeof...(Inputs) == Node::kInputs);
   std::shared_ptr<Node> node(new Node(), torch::autograd::deleteNode);
