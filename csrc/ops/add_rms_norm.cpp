@@ -2,21 +2,24 @@
 
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
+#include "ops/add_rms_norm_node.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 #include "ops/rms_norm_checks.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+namespace {
+const auto& add_rms_norm_operator() {
+  static const auto op = find_operator("liger::add_rms_norm", add_rms_norm);
+  return op;
+}
+}  // namespace
 
 TensorTriple add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  static const auto op = find_operator("liger::add_rms_norm", add_rms_norm);
-  return op.call(x, residual, weight, eps, offset, casting_mode);
+  return add_rms_norm_operator().call(x, residual, weight, eps, offset, casting_mode);
 }
 
 TensorTriple add_rms_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
@@ -74,59 +77,36 @@ TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optiona
                    : at::empty({0}, sum.options())};
 }
 
-namespace {
-
-class AddRmsNormFunction : public torch::autograd::Function<AddRmsNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  // rstd leaves through a pointer, as in RmsNormFunction.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& residual,
-      double eps, double offset, std::string_view casting_mode, at::Tensor* rstd_out,
-      const std::optional<at::Tensor>& weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, sum, rstd] = add_rms_norm(x, residual, weight, eps, offset, casting_mode);
-    ctx->save_for_backward({sum, weight.value_or(at::Tensor()), rstd});
-    ctx->saved_data["offset"] = offset;
-    ctx->saved_data["casting_mode"] = std::string(casting_mode);
-    ctx->set_materialize_grads(false);
-    *rstd_out = rstd;
-    return {y, sum};
+variable_list AddRmsNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
+    const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
+  const auto &dy = grads[0], &dsum = grads[1];
+  if (!dy.defined()) {
+    // Only the sum was used.
+    return {wanted[0] ? dsum.clone() : at::Tensor(), wanted[1] ? dsum.clone() : at::Tensor(), at::Tensor()};
   }
+  auto [dx, dresidual, dweight] = add_rms_norm_backward(dy, optional_tensor(dsum), sum,
+      optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1], wanted[2]);
+  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dresidual : at::Tensor(),
+      wanted[2] ? dweight : at::Tensor()};
+}
 
-  // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
-    const auto &dy = grads[0], &dsum = grads[1];
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dresidual = ctx->needs_input_grad(1);
-    if (!dy.defined()) {
-      // Only the sum was used.
-      if (dsum.defined() && need_dx) result[0] = dsum.clone();
-      if (dsum.defined() && need_dresidual) result[1] = dsum.clone();
-      return result;
-    }
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dweight = weight && ctx->needs_input_grad(2);
-    auto [dx, dresidual, dweight] =
-        add_rms_norm_backward(dy, dsum.defined() ? std::optional<at::Tensor>(dsum) : std::nullopt, saved[0],
-            weight, saved[2], ctx->saved_data["offset"].toDouble(),
-            ctx->saved_data["casting_mode"].toStringRef(), need_dx, need_dresidual, need_dweight);
-    if (need_dx) result[0] = dx;
-    if (need_dresidual) result[1] = dresidual;
-    if (need_dweight) result[6] = dweight;
-    return result;
-  }
-};
-
-}  // namespace
-
-TensorTriple add_rms_norm_autograd(const at::Tensor& x, const at::Tensor& residual,
+TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  at::Tensor rstd;
-  auto out = AddRmsNormFunction::apply(x, residual, eps, offset, casting_mode, &rstd, weight);
-  return {out[0], out[1], rstd};
+  const auto node = make_node<AddRmsNormBackward>("add_rms_norm", x, residual, weight);
+  auto result = redispatch_below_autograd(
+      add_rms_norm_operator(), keys, x, residual, weight, eps, offset, casting_mode);
+  if (node) {
+    const auto& [y, sum, rstd] = result;
+    torch::autograd::set_history(y, node);
+    torch::autograd::set_history(sum, node);
+    // After it has its history: saved before, the sum would keep its own node alive.
+    node->sum = SavedVariable(sum, /*is_output=*/true);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
+    node->offset = offset;
+    node->casting_mode = casting_mode;
+  }
+  return result;
 }
 
 }  // namespace liger

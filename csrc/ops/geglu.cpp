@@ -1,20 +1,27 @@
 #include "ops/geglu.h"
 
 #include <c10/util/Exception.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
 
 #include "ops/dispatch.h"
+#include "ops/geglu_node.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+namespace {
+const auto& geglu_operator() {
+  static const auto op = find_operator("liger::geglu", geglu);
+  return op;
+}
+const auto& geglu_packed_operator() {
+  static const auto op = find_operator("liger::geglu_packed", geglu_packed);
+  return op;
+}
+}  // namespace
 
 at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  static const auto op = find_operator("liger::geglu", geglu);
-  return op.call(gate, up, approximate);
+  return geglu_operator().call(gate, up, approximate);
 }
 
 TensorPair geglu_backward(
@@ -24,8 +31,7 @@ TensorPair geglu_backward(
 }
 
 at::Tensor geglu_packed(const at::Tensor& gate_up, std::string_view approximate) {
-  static const auto op = find_operator("liger::geglu_packed", geglu_packed);
-  return op.call(gate_up, approximate);
+  return geglu_packed_operator().call(gate_up, approximate);
 }
 
 at::Tensor geglu_packed_backward(
@@ -88,64 +94,40 @@ at::Tensor geglu_packed_backward_meta(
   return empty_glu_packed_gradient(gate_up);
 }
 
-namespace {
-
-// d gate = dout * up * gelu'(gate),  d up = dout * gelu(gate).
-class GegluFunction : public torch::autograd::Function<GegluFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(
-      AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate, up});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    ctx->set_materialize_grads(false);
-    return {geglu(gate, up, approximate)};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    auto [dgate, dup] =
-        geglu_backward(grads[0], saved[0], saved[1], ctx->saved_data["approximate"].toStringRef());
-    if (ctx->needs_input_grad(0)) result[0] = dgate;
-    if (ctx->needs_input_grad(1)) result[1] = dup;
-    return result;
-  }
-};
-
-class GegluPackedFunction : public torch::autograd::Function<GegluPackedFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(
-      AutogradContext* ctx, const at::Tensor& gate_up, std::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate_up});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    ctx->set_materialize_grads(false);
-    return {geglu_packed(gate_up, approximate)};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    result[0] = geglu_packed_backward(
-        grads[0], ctx->get_saved_variables()[0], ctx->saved_data["approximate"].toStringRef());
-    return result;
-  }
-};
-
-}  // namespace
-
-at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  return GegluFunction::apply(gate, up, approximate)[0];
+variable_list GegluBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
+    const at::Tensor& up, const std::string& approximate) {
+  auto [dgate, dup] = geglu_backward(grads[0], gate, up, approximate);
+  return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
 }
 
-at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate) {
-  return GegluPackedFunction::apply(gate_up, approximate)[0];
+variable_list GegluPackedBackward::backward(const variable_list& grads, Wanted /*wanted*/,
+    const at::Tensor& gate_up, const std::string& approximate) {
+  return {geglu_packed_backward(grads[0], gate_up, approximate)};
+}
+
+at::Tensor geglu_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
+  const auto node = make_node<GegluBackward>("geglu", gate, up);
+  auto out = redispatch_below_autograd(geglu_operator(), keys, gate, up, approximate);
+  if (node) {
+    node->gate = SavedVariable(gate, /*is_output=*/false);
+    node->up = SavedVariable(up, /*is_output=*/false);
+    node->approximate = approximate;
+    torch::autograd::set_history(out, node);
+  }
+  return out;
+}
+
+at::Tensor geglu_packed_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate_up, std::string_view approximate) {
+  const auto node = make_node<GegluPackedBackward>("geglu_packed", gate_up);
+  auto out = redispatch_below_autograd(geglu_packed_operator(), keys, gate_up, approximate);
+  if (node) {
+    node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
+    node->approximate = approximate;
+    torch::autograd::set_history(out, node);
+  }
+  return out;
 }
 
 }  // namespace liger

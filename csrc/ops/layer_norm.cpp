@@ -1,20 +1,23 @@
 #include "ops/layer_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/layer_norm_node.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+namespace {
+const auto& layer_norm_operator() {
+  static const auto op = find_operator("liger::layer_norm", layer_norm);
+  return op;
+}
+}  // namespace
 
 TensorTriple layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps) {
-  static const auto op = find_operator("liger::layer_norm", layer_norm);
-  return op.call(x, weight, bias, eps);
+  return layer_norm_operator().call(x, weight, bias, eps);
 }
 
 TensorTriple layer_norm_backward(const at::Tensor& dy, const at::Tensor& x,
@@ -98,52 +101,28 @@ TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
       need_dbias ? at::empty_symint({x.sym_size(-1)}, x.options().dtype(bias_dtype)) : nothing()};
 }
 
-namespace {
+variable_list LayerNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
+    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype) {
+  auto [dx, dweight, dbias] = layer_norm_backward(
+      grads[0], x, optional_tensor(weight), mean, rstd, bias_dtype, wanted[0], wanted[1], wanted[2]);
+  return {
+      wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(), wanted[2] ? dbias : at::Tensor()};
+}
 
-class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  // mean and rstd leave through pointers, as in RmsNormFunction.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, at::Tensor* mean_out,
-      at::Tensor* rstd_out, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, mean, rstd] = layer_norm(x, weight, bias, eps);
-    ctx->save_for_backward({x, weight.value_or(at::Tensor()), mean, rstd});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : x.scalar_type();
-    ctx->set_materialize_grads(false);
-    *mean_out = mean;
-    *rstd_out = rstd;
-    return {y};
+TensorTriple layer_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps) {
+  const auto node = make_node<LayerNormBackward>("layer_norm", x, weight, bias);
+  auto result = redispatch_below_autograd(layer_norm_operator(), keys, x, weight, bias, eps);
+  if (node) {
+    const auto& [y, mean, rstd] = result;
+    node->x = SavedVariable(x, /*is_output=*/false);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->mean = SavedVariable(mean, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
+    node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+    torch::autograd::set_history(y, node);
   }
-
-  // With m = dy * weight:  d x = rstd * (m - mean(m) - n * mean(m * n));  d weight and d bias are the sums
-  // over rows of dy * n and dy.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dweight = weight && ctx->needs_input_grad(1);
-    const bool need_dbias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 2 : 1);
-    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], saved[0], weight, saved[2], saved[3],
-        ctx->saved_data["bias_dtype"].toScalarType(), need_dx, need_dweight, need_dbias);
-    if (need_dx) result[0] = dx;
-    if (need_dweight) result[4] = dweight;
-    if (need_dbias) result[5] = dbias;
-    return result;
-  }
-};
-
-}  // namespace
-
-TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, double eps) {
-  at::Tensor mean, rstd;
-  auto y = LayerNormFunction::apply(x, eps, &mean, &rstd, weight, bias);
-  return {y[0], mean, rstd};
+  return result;
 }
 
 }  // namespace liger

@@ -1,21 +1,24 @@
 #include "ops/rms_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
 #include "ops/rms_norm_checks.h"
+#include "ops/rms_norm_node.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+namespace {
+const auto& rms_norm_operator() {
+  static const auto op = find_operator("liger::rms_norm", rms_norm);
+  return op;
+}
+}  // namespace
 
 TensorPair rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, double offset,
     std::string_view casting_mode) {
-  static const auto op = find_operator("liger::rms_norm", rms_norm);
-  return op.call(x, weight, eps, offset, casting_mode);
+  return rms_norm_operator().call(x, weight, eps, offset, casting_mode);
 }
 
 TensorPair rms_norm_backward(const at::Tensor& dy, const at::Tensor& x,
@@ -96,50 +99,27 @@ TensorPair rms_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
       need_dweight ? at::empty_symint(weight->sym_sizes(), weight->options()) : at::empty({0}, x.options())};
 }
 
-namespace {
+variable_list RmsNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
+    const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
+  auto [dx, dweight] = rms_norm_backward(
+      grads[0], x, optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1]);
+  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor()};
+}
 
-class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  // rstd leaves through a pointer: a returned tensor would have to be marked non-differentiable, which
-  // compiled autograd does not support.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, double offset,
-      std::string_view casting_mode, at::Tensor* rstd_out, const std::optional<at::Tensor>& weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, rstd] = rms_norm(x, weight, eps, offset, casting_mode);
-    ctx->save_for_backward({x, weight.value_or(at::Tensor()), rstd});
-    ctx->saved_data["offset"] = offset;
-    ctx->saved_data["casting_mode"] = std::string(casting_mode);
-    ctx->set_materialize_grads(false);
-    *rstd_out = rstd;
-    return {y};
+TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
+  const auto node = make_node<RmsNormBackward>("rms_norm", x, weight);
+  auto result = redispatch_below_autograd(rms_norm_operator(), keys, x, weight, eps, offset, casting_mode);
+  if (node) {
+    const auto& [y, rstd] = result;
+    node->x = SavedVariable(x, /*is_output=*/false);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
+    node->offset = offset;
+    node->casting_mode = casting_mode;
+    torch::autograd::set_history(y, node);
   }
-
-  // d x = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight);  d weight = sum over rows of dy * n.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dweight = weight && ctx->needs_input_grad(1);
-    auto [dx, dweight] =
-        rms_norm_backward(grads[0], saved[0], weight, saved[2], ctx->saved_data["offset"].toDouble(),
-            ctx->saved_data["casting_mode"].toStringRef(), need_dx, need_dweight);
-    if (need_dx) result[0] = dx;
-    if (need_dweight) result[5] = dweight;
-    return result;
-  }
-};
-
-}  // namespace
-
-TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
-    double offset, std::string_view casting_mode) {
-  at::Tensor rstd;
-  auto y = RmsNormFunction::apply(x, eps, offset, casting_mode, &rstd, weight);
-  return {y[0], rstd};
+  return result;
 }
 
 }  // namespace liger

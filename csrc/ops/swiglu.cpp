@@ -1,28 +1,29 @@
 #include "ops/swiglu.h"
 
-#include <torch/csrc/autograd/custom_function.h>
-
 #include "ops/dispatch.h"
+#include "ops/swiglu_node.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
+namespace {
+const auto& swiglu_operator() {
   static const auto op = find_operator("liger::swiglu", swiglu);
-  return op.call(gate, up);
+  return op;
 }
+const auto& swiglu_packed_operator() {
+  static const auto op = find_operator("liger::swiglu_packed", swiglu_packed);
+  return op;
+}
+}  // namespace
+
+at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) { return swiglu_operator().call(gate, up); }
 
 TensorPair swiglu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
   static const auto op = find_operator("liger::swiglu_backward", swiglu_backward);
   return op.call(dout, gate, up);
 }
 
-at::Tensor swiglu_packed(const at::Tensor& gate_up) {
-  static const auto op = find_operator("liger::swiglu_packed", swiglu_packed);
-  return op.call(gate_up);
-}
+at::Tensor swiglu_packed(const at::Tensor& gate_up) { return swiglu_packed_operator().call(gate_up); }
 
 at::Tensor swiglu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up) {
   static const auto op = find_operator("liger::swiglu_packed_backward", swiglu_packed_backward);
@@ -61,56 +62,36 @@ at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor&
   return empty_glu_packed_gradient(gate_up);
 }
 
-namespace {
-
-// With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
-class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate, up});
-    ctx->set_materialize_grads(false);
-    return {swiglu(gate, up)};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    auto [dgate, dup] = swiglu_backward(grads[0], saved[0], saved[1]);
-    if (ctx->needs_input_grad(0)) result[0] = dgate;
-    if (ctx->needs_input_grad(1)) result[1] = dup;
-    return result;
-  }
-};
-
-class SwigluPackedFunction : public torch::autograd::Function<SwigluPackedFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& gate_up) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate_up});
-    ctx->set_materialize_grads(false);
-    return {swiglu_packed(gate_up)};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return {at::Tensor()};
-    return {swiglu_packed_backward(grads[0], ctx->get_saved_variables()[0])};
-  }
-};
-
-}  // namespace
-
-at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
-  return SwigluFunction::apply(gate, up)[0];
+variable_list SwigluBackward::backward(
+    const variable_list& grads, Wanted wanted, const at::Tensor& gate, const at::Tensor& up) {
+  auto [dgate, dup] = swiglu_backward(grads[0], gate, up);
+  return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
 }
 
-at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up) {
-  return SwigluPackedFunction::apply(gate_up)[0];
+variable_list SwigluPackedBackward::backward(
+    const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up) {
+  return {swiglu_packed_backward(grads[0], gate_up)};
+}
+
+at::Tensor swiglu_autograd(c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up) {
+  const auto node = make_node<SwigluBackward>("swiglu", gate, up);
+  auto out = redispatch_below_autograd(swiglu_operator(), keys, gate, up);
+  if (node) {
+    node->gate = SavedVariable(gate, /*is_output=*/false);
+    node->up = SavedVariable(up, /*is_output=*/false);
+    torch::autograd::set_history(out, node);
+  }
+  return out;
+}
+
+at::Tensor swiglu_packed_autograd(c10::DispatchKeySet keys, const at::Tensor& gate_up) {
+  const auto node = make_node<SwigluPackedBackward>("swiglu_packed", gate_up);
+  auto out = redispatch_below_autograd(swiglu_packed_operator(), keys, gate_up);
+  if (node) {
+    node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
+    torch::autograd::set_history(out, node);
+  }
+  return out;
 }
 
 }  // namespace liger
