@@ -2,15 +2,17 @@
 
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/rebuildable.h"
+#include "ops/rms_norm.h"
 #include "ops/rms_norm_checks.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
 using torch::autograd::variable_list;
 
 TensorTriple add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
@@ -76,47 +78,44 @@ TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optiona
 
 namespace {
 
-class AddRmsNormFunction : public torch::autograd::Function<AddRmsNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct AddRmsNormNode final : RebuildableNode {
+  SavedVariable sum, weight, rstd;
+  double eps = 0, offset = 0;
+  std::string casting_mode;
 
-  // rstd leaves through a pointer, as in RmsNormFunction.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& residual,
-      double eps, double offset, std::string_view casting_mode, at::Tensor* rstd_out,
-      const std::optional<at::Tensor>& weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, sum, rstd] = add_rms_norm(x, residual, weight, eps, offset, casting_mode);
-    ctx->save_for_backward({sum, weight.value_or(at::Tensor()), rstd});
-    ctx->saved_data["offset"] = offset;
-    ctx->saved_data["casting_mode"] = std::string(casting_mode);
-    ctx->set_materialize_grads(false);
-    *rstd_out = rstd;
-    return {y, sum};
-  }
+  std::string name() const override { return "AddRmsNormBackward"; }
 
   // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(7);
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(3);
     const auto &dy = grads[0], &dsum = grads[1];
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dresidual = ctx->needs_input_grad(1);
+    const bool need_dx = task_should_compute_output(0);
+    const bool need_dresidual = task_should_compute_output(1);
     if (!dy.defined()) {
       // Only the sum was used.
       if (dsum.defined() && need_dx) result[0] = dsum.clone();
       if (dsum.defined() && need_dresidual) result[1] = dsum.clone();
       return result;
     }
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dweight = weight && ctx->needs_input_grad(2);
+    const auto scale = unpack_optional(weight);
+    const bool need_dweight = scale && task_should_compute_output(2);
     auto [dx, dresidual, dweight] =
-        add_rms_norm_backward(dy, dsum.defined() ? std::optional<at::Tensor>(dsum) : std::nullopt, saved[0],
-            weight, saved[2], ctx->saved_data["offset"].toDouble(),
-            ctx->saved_data["casting_mode"].toStringRef(), need_dx, need_dresidual, need_dweight);
+        add_rms_norm_backward(dy, dsum.defined() ? std::optional<at::Tensor>(dsum) : std::nullopt,
+            sum.unpack(shared_from_this()), scale, rstd.unpack(), offset, casting_mode, need_dx,
+            need_dresidual, need_dweight);
     if (need_dx) result[0] = dx;
     if (need_dresidual) result[1] = dresidual;
-    if (need_dweight) result[6] = dweight;
+    if (need_dweight) result[2] = dweight;
     return result;
+  }
+
+  at::Tensor rebuild() override {
+    return std::get<0>(rms_norm(
+        sum.unpack(shared_from_this()), unpack_parameter(weight), eps, offset, casting_mode));
+  }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {}; }
+  void release() override {
+    for (auto* variable : {&sum, &weight, &rstd}) variable->reset_data();
   }
 };
 
@@ -124,9 +123,23 @@ class AddRmsNormFunction : public torch::autograd::Function<AddRmsNormFunction> 
 
 TensorTriple add_rms_norm_autograd(const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  at::Tensor rstd;
-  auto out = AddRmsNormFunction::apply(x, residual, eps, offset, casting_mode, &rstd, weight);
-  return {out[0], out[1], rstd};
+  auto node = make_node<AddRmsNormNode>(x, residual, weight);
+  auto [y, sum, rstd] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return add_rms_norm(x, residual, weight, eps, offset, casting_mode);
+  }();
+  if (node) {
+    node->weight = SavedVariable(weight, false);
+    node->rstd = SavedVariable(rstd, false);
+    node->eps = eps;
+    node->offset = offset;
+    node->casting_mode = casting_mode;
+    set_history(y, node);
+    set_history(sum, node);
+    node->sum = SavedVariable(sum, true);
+    node->watch(y);
+  }
+  return {y, sum, rstd};
 }
 
 }  // namespace liger

@@ -1,15 +1,16 @@
 #include "ops/geglu.h"
 
 #include <c10/util/Exception.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
 
 #include "ops/dispatch.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
 using torch::autograd::variable_list;
 
 at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
@@ -91,61 +92,76 @@ at::Tensor geglu_packed_backward_meta(
 namespace {
 
 // d gate = dout * up * gelu'(gate),  d up = dout * gelu(gate).
-class GegluFunction : public torch::autograd::Function<GegluFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct GegluNode final : RebuildableNode {
+  SavedVariable gate, up;
+  std::string approximate;
 
-  static variable_list forward(
-      AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate, up});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    ctx->set_materialize_grads(false);
-    return {geglu(gate, up, approximate)};
+  std::string name() const override { return "GegluBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(2);
+    if (!grads[0].defined()) return result;
+    auto [dgate, dup] = geglu_backward(grads[0], gate.unpack(), up.unpack(), approximate);
+    if (task_should_compute_output(0)) result[0] = dgate;
+    if (task_should_compute_output(1)) result[1] = dup;
+    return result;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    auto [dgate, dup] =
-        geglu_backward(grads[0], saved[0], saved[1], ctx->saved_data["approximate"].toStringRef());
-    if (ctx->needs_input_grad(0)) result[0] = dgate;
-    if (ctx->needs_input_grad(1)) result[1] = dup;
-    return result;
+  at::Tensor rebuild() override { return geglu(gate.unpack(), up.unpack(), approximate); }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate, &up}; }
+  void release() override {
+    gate.reset_data();
+    up.reset_data();
   }
 };
 
-class GegluPackedFunction : public torch::autograd::Function<GegluPackedFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct GegluPackedNode final : RebuildableNode {
+  SavedVariable gate_up;
+  std::string approximate;
 
-  static variable_list forward(
-      AutogradContext* ctx, const at::Tensor& gate_up, std::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate_up});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    ctx->set_materialize_grads(false);
-    return {geglu_packed(gate_up, approximate)};
+  std::string name() const override { return "GegluPackedBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return {at::Tensor()};
+    return {geglu_packed_backward(grads[0], gate_up.unpack(), approximate)};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    result[0] = geglu_packed_backward(
-        grads[0], ctx->get_saved_variables()[0], ctx->saved_data["approximate"].toStringRef());
-    return result;
-  }
+  at::Tensor rebuild() override { return geglu_packed(gate_up.unpack(), approximate); }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate_up}; }
+  void release() override { gate_up.reset_data(); }
 };
 
 }  // namespace
 
 at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  return GegluFunction::apply(gate, up, approximate)[0];
+  auto node = make_node<GegluNode>(gate, up);
+  auto out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return geglu(gate, up, approximate);
+  }();
+  if (node) {
+    node->gate = SavedVariable(gate, false);
+    node->up = SavedVariable(up, false);
+    node->approximate = approximate;
+    set_history(out, node);
+    node->watch(out);
+  }
+  return out;
 }
 
 at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate) {
-  return GegluPackedFunction::apply(gate_up, approximate)[0];
+  auto node = make_node<GegluPackedNode>(gate_up);
+  auto out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return geglu_packed(gate_up, approximate);
+  }();
+  if (node) {
+    node->gate_up = SavedVariable(gate_up, false);
+    node->approximate = approximate;
+    set_history(out, node);
+    node->watch(out);
+  }
+  return out;
 }
 
 }  // namespace liger

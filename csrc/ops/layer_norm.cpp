@@ -1,14 +1,15 @@
 #include "ops/layer_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
 using torch::autograd::variable_list;
 
 TensorTriple layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
@@ -100,40 +101,37 @@ TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
 
 namespace {
 
-class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct LayerNormNode final : RebuildableNode {
+  SavedVariable x, weight, bias, mean, rstd;
+  bool has_bias = false;
+  at::ScalarType bias_dtype = at::kFloat;
+  double eps = 0;
 
-  // mean and rstd leave through pointers, as in RmsNormFunction.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, at::Tensor* mean_out,
-      at::Tensor* rstd_out, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, mean, rstd] = layer_norm(x, weight, bias, eps);
-    ctx->save_for_backward({x, weight.value_or(at::Tensor()), mean, rstd});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : x.scalar_type();
-    ctx->set_materialize_grads(false);
-    *mean_out = mean;
-    *rstd_out = rstd;
-    return {y};
-  }
+  std::string name() const override { return "LayerNormBackward"; }
 
   // With m = dy * weight:  d x = rstd * (m - mean(m) - n * mean(m * n));  d weight and d bias are the sums
   // over rows of dy * n and dy.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(3);
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dweight = weight && ctx->needs_input_grad(1);
-    const bool need_dbias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(weight ? 2 : 1);
-    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], saved[0], weight, saved[2], saved[3],
-        ctx->saved_data["bias_dtype"].toScalarType(), need_dx, need_dweight, need_dbias);
+    const auto scale = unpack_optional(weight);
+    const bool need_dx = task_should_compute_output(0);
+    const bool need_dweight = scale && task_should_compute_output(1);
+    const bool need_dbias = has_bias && task_should_compute_output(2);
+    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], x.unpack(), scale, mean.unpack(),
+        rstd.unpack(), bias_dtype, need_dx, need_dweight, need_dbias);
     if (need_dx) result[0] = dx;
-    if (need_dweight) result[4] = dweight;
-    if (need_dbias) result[5] = dbias;
+    if (need_dweight) result[1] = dweight;
+    if (need_dbias) result[2] = dbias;
     return result;
+  }
+
+  at::Tensor rebuild() override {
+    return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
+  }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&x}; }
+  void release() override {
+    for (auto* variable : {&x, &weight, &bias, &mean, &rstd}) variable->reset_data();
   }
 };
 
@@ -141,9 +139,24 @@ class LayerNormFunction : public torch::autograd::Function<LayerNormFunction> {
 
 TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps) {
-  at::Tensor mean, rstd;
-  auto y = LayerNormFunction::apply(x, eps, &mean, &rstd, weight, bias);
-  return {y[0], mean, rstd};
+  auto node = make_node<LayerNormNode>(x, weight, bias);
+  auto [y, mean, rstd] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return layer_norm(x, weight, bias, eps);
+  }();
+  if (node) {
+    node->x = SavedVariable(x, false);
+    node->weight = SavedVariable(weight, false);
+    node->bias = SavedVariable(bias, false);
+    node->mean = SavedVariable(mean, false);
+    node->rstd = SavedVariable(rstd, false);
+    node->has_bias = bias.has_value();
+    node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+    node->eps = eps;
+    set_history(y, node);
+    node->watch(y);
+  }
+  return {y, mean, rstd};
 }
 
 }  // namespace liger

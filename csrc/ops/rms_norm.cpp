@@ -1,15 +1,16 @@
 #include "ops/rms_norm.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/rebuildable.h"
 #include "ops/rms_norm_checks.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
 using torch::autograd::variable_list;
 
 TensorPair rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, double offset,
@@ -98,38 +99,33 @@ TensorPair rms_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
 
 namespace {
 
-class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct RmsNormNode final : RebuildableNode {
+  SavedVariable x, weight, rstd;
+  double eps = 0, offset = 0;
+  std::string casting_mode;
 
-  // rstd leaves through a pointer: a returned tensor would have to be marked non-differentiable, which
-  // compiled autograd does not support.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double eps, double offset,
-      std::string_view casting_mode, at::Tensor* rstd_out, const std::optional<at::Tensor>& weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [y, rstd] = rms_norm(x, weight, eps, offset, casting_mode);
-    ctx->save_for_backward({x, weight.value_or(at::Tensor()), rstd});
-    ctx->saved_data["offset"] = offset;
-    ctx->saved_data["casting_mode"] = std::string(casting_mode);
-    ctx->set_materialize_grads(false);
-    *rstd_out = rstd;
-    return {y};
-  }
+  std::string name() const override { return "RmsNormBackward"; }
 
   // d x = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight);  d weight = sum over rows of dy * n.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(2);
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[1].defined() ? std::optional<at::Tensor>(saved[1]) : std::nullopt;
-    const bool need_dx = ctx->needs_input_grad(0);
-    const bool need_dweight = weight && ctx->needs_input_grad(1);
-    auto [dx, dweight] =
-        rms_norm_backward(grads[0], saved[0], weight, saved[2], ctx->saved_data["offset"].toDouble(),
-            ctx->saved_data["casting_mode"].toStringRef(), need_dx, need_dweight);
+    const auto scale = unpack_optional(weight);
+    const bool need_dx = task_should_compute_output(0);
+    const bool need_dweight = scale && task_should_compute_output(1);
+    auto [dx, dweight] = rms_norm_backward(
+        grads[0], x.unpack(), scale, rstd.unpack(), offset, casting_mode, need_dx, need_dweight);
     if (need_dx) result[0] = dx;
-    if (need_dweight) result[5] = dweight;
+    if (need_dweight) result[1] = dweight;
     return result;
+  }
+
+  at::Tensor rebuild() override {
+    return std::get<0>(rms_norm(x.unpack(), unpack_parameter(weight), eps, offset, casting_mode));
+  }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&x}; }
+  void release() override {
+    for (auto* variable : {&x, &weight, &rstd}) variable->reset_data();
   }
 };
 
@@ -137,9 +133,22 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
 
 TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
     double offset, std::string_view casting_mode) {
-  at::Tensor rstd;
-  auto y = RmsNormFunction::apply(x, eps, offset, casting_mode, &rstd, weight);
-  return {y[0], rstd};
+  auto node = make_node<RmsNormNode>(x, weight);
+  auto [y, rstd] = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rms_norm(x, weight, eps, offset, casting_mode);
+  }();
+  if (node) {
+    node->x = SavedVariable(x, false);
+    node->weight = SavedVariable(weight, false);
+    node->rstd = SavedVariable(rstd, false);
+    node->eps = eps;
+    node->offset = offset;
+    node->casting_mode = casting_mode;
+    set_history(y, node);
+    node->watch(y);
+  }
+  return {y, rstd};
 }
 
 }  // namespace liger

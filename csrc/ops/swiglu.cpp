@@ -1,12 +1,13 @@
 #include "ops/swiglu.h"
 
-#include <torch/csrc/autograd/custom_function.h>
 
 #include "ops/dispatch.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
 using torch::autograd::variable_list;
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
@@ -64,53 +65,72 @@ at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor&
 namespace {
 
 // With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
-class SwigluFunction : public torch::autograd::Function<SwigluFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct SwigluNode final : RebuildableNode {
+  SavedVariable gate, up;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& gate, const at::Tensor& up) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate, up});
-    ctx->set_materialize_grads(false);
-    return {swiglu(gate, up)};
-  }
+  std::string name() const override { return "SwigluBackward"; }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
     variable_list result(2);
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    auto [dgate, dup] = swiglu_backward(grads[0], saved[0], saved[1]);
-    if (ctx->needs_input_grad(0)) result[0] = dgate;
-    if (ctx->needs_input_grad(1)) result[1] = dup;
+    auto [dgate, dup] = swiglu_backward(grads[0], gate.unpack(), up.unpack());
+    if (task_should_compute_output(0)) result[0] = dgate;
+    if (task_should_compute_output(1)) result[1] = dup;
     return result;
+  }
+
+  at::Tensor rebuild() override { return swiglu(gate.unpack(), up.unpack()); }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate, &up}; }
+  void release() override {
+    gate.reset_data();
+    up.reset_data();
   }
 };
 
-class SwigluPackedFunction : public torch::autograd::Function<SwigluPackedFunction> {
- public:
-  static constexpr bool is_traceable = true;
+struct SwigluPackedNode final : RebuildableNode {
+  SavedVariable gate_up;
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& gate_up) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({gate_up});
-    ctx->set_materialize_grads(false);
-    return {swiglu_packed(gate_up)};
-  }
+  std::string name() const override { return "SwigluPackedBackward"; }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return {at::Tensor()};
-    return {swiglu_packed_backward(grads[0], ctx->get_saved_variables()[0])};
+    return {swiglu_packed_backward(grads[0], gate_up.unpack())};
   }
+
+  at::Tensor rebuild() override { return swiglu_packed(gate_up.unpack()); }
+  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate_up}; }
+  void release() override { gate_up.reset_data(); }
 };
 
 }  // namespace
 
 at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
-  return SwigluFunction::apply(gate, up)[0];
+  auto node = make_node<SwigluNode>(gate, up);
+  auto out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return swiglu(gate, up);
+  }();
+  if (node) {
+    node->gate = SavedVariable(gate, false);
+    node->up = SavedVariable(up, false);
+    set_history(out, node);
+    node->watch(out);
+  }
+  return out;
 }
 
 at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up) {
-  return SwigluPackedFunction::apply(gate_up)[0];
+  auto node = make_node<SwigluPackedNode>(gate_up);
+  auto out = [&] {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return swiglu_packed(gate_up);
+  }();
+  if (node) {
+    node->gate_up = SavedVariable(gate_up, false);
+    set_history(out, node);
+    node->watch(out);
+  }
+  return out;
 }
 
 }  // namespace liger
