@@ -11,9 +11,7 @@
 
 namespace liger {
 
-using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
-using torch::autograd::variable_list;
 
 TensorTriple add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
@@ -78,52 +76,41 @@ TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optiona
 
 namespace {
 
-struct AddRmsNormNode final : RebuildableNode {
-  SavedVariable sum, weight, rstd;
-  double eps = 0, offset = 0;
-  std::string casting_mode;
+struct AddRmsNormBackward final : RebuildableNode<AddRmsNormBackward> {
+  static constexpr size_t kInputs = 3;  // x, residual, weight
 
-  std::string name() const override { return "AddRmsNormBackward"; }
+  SavedVariable sum, weight, rstd;
+  double offset = 0;
+  std::string casting_mode;
+  double eps = 0;  // for rebuild() alone
+
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.sum, self.weight, self.rstd, self.offset, self.casting_mode);
+  }
 
   // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(3);
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum, const at::Tensor& weight,
+      const at::Tensor& rstd, double offset, const std::string& casting_mode) {
     const auto &dy = grads[0], &dsum = grads[1];
-    const bool need_dx = task_should_compute_output(0);
-    const bool need_dresidual = task_should_compute_output(1);
     if (!dy.defined()) {
       // Only the sum was used.
-      if (dsum.defined() && need_dx) result[0] = dsum.clone();
-      if (dsum.defined() && need_dresidual) result[1] = dsum.clone();
-      return result;
+      return {wanted[0] ? dsum.clone() : at::Tensor(), wanted[1] ? dsum.clone() : at::Tensor(), at::Tensor()};
     }
-    const auto scale = unpack_optional(weight);
-    const bool need_dweight = scale && task_should_compute_output(2);
-    auto [dx, dresidual, dweight] =
-        add_rms_norm_backward(dy, dsum.defined() ? std::optional<at::Tensor>(dsum) : std::nullopt,
-            sum.unpack(shared_from_this()), scale, rstd.unpack(), offset, casting_mode, need_dx,
-            need_dresidual, need_dweight);
-    if (need_dx) result[0] = dx;
-    if (need_dresidual) result[1] = dresidual;
-    if (need_dweight) result[2] = dweight;
-    return result;
+    auto [dx, dresidual, dweight] = add_rms_norm_backward(dy, optional_tensor(dsum), sum,
+        optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1], wanted[2]);
+    return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dresidual : at::Tensor(),
+        wanted[2] ? dweight : at::Tensor()};
   }
 
-  at::Tensor rebuild() override {
-    return std::get<0>(rms_norm(
-        sum.unpack(shared_from_this()), unpack_parameter(weight), eps, offset, casting_mode));
-  }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {}; }
-  void release() override {
-    for (auto* variable : {&sum, &weight, &rstd}) variable->reset_data();
-  }
+  at::Tensor rebuild() override { return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode)); }
 };
 
 }  // namespace
 
 TensorTriple add_rms_norm_autograd(const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  auto node = make_node<AddRmsNormNode>(x, residual, weight);
+  auto node = make_node<AddRmsNormBackward>("add_rms_norm", x, residual, weight);
   auto [y, sum, rstd] = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return add_rms_norm(x, residual, weight, eps, offset, casting_mode);

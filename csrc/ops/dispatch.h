@@ -2,6 +2,7 @@
 
 // Typed handles to the library's own operators, and what the Autograd and Autocast kernels share.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -15,6 +16,14 @@ namespace liger {
 template <typename Function>
 auto find_operator(const char* name, Function* /*signature*/) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+// Continues an operator from its Autograd kernel, which was called with `keys`: the kernels below, and whatever
+// they call, record nothing for differentiation.
+template <typename Handle, typename... Args>
+auto redispatch_below_autograd(const Handle& op, c10::DispatchKeySet keys, const Args&... args) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.redispatch(keys & c10::after_autograd_keyset, args...);
 }
 
 // Opens the way past Autocast: whatever runs below keeps the dtypes it is given.

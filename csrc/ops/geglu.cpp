@@ -9,9 +9,7 @@
 
 namespace liger {
 
-using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
-using torch::autograd::variable_list;
 
 at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
   static const auto op = find_operator("liger::geglu", geglu);
@@ -92,49 +90,48 @@ at::Tensor geglu_packed_backward_meta(
 namespace {
 
 // d gate = dout * up * gelu'(gate),  d up = dout * gelu(gate).
-struct GegluNode final : RebuildableNode {
+struct GegluBackward final : RebuildableNode<GegluBackward> {
+  static constexpr size_t kInputs = 2;
+
   SavedVariable gate, up;
   std::string approximate;
 
-  std::string name() const override { return "GegluBackward"; }
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.gate, self.up, self.approximate);
+  }
 
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    auto [dgate, dup] = geglu_backward(grads[0], gate.unpack(), up.unpack(), approximate);
-    if (task_should_compute_output(0)) result[0] = dgate;
-    if (task_should_compute_output(1)) result[1] = dup;
-    return result;
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
+      const at::Tensor& up, const std::string& approximate) {
+    auto [dgate, dup] = geglu_backward(grads[0], gate, up, approximate);
+    return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
   }
 
   at::Tensor rebuild() override { return geglu(gate.unpack(), up.unpack(), approximate); }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate, &up}; }
-  void release() override {
-    gate.reset_data();
-    up.reset_data();
-  }
 };
 
-struct GegluPackedNode final : RebuildableNode {
+struct GegluPackedBackward final : RebuildableNode<GegluPackedBackward> {
+  static constexpr size_t kInputs = 1;
+
   SavedVariable gate_up;
   std::string approximate;
 
-  std::string name() const override { return "GegluPackedBackward"; }
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.gate_up, self.approximate);
+  }
 
-  variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) return {at::Tensor()};
-    return {geglu_packed_backward(grads[0], gate_up.unpack(), approximate)};
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up, const std::string& approximate) {
+    return {geglu_packed_backward(grads[0], gate_up, approximate)};
   }
 
   at::Tensor rebuild() override { return geglu_packed(gate_up.unpack(), approximate); }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate_up}; }
-  void release() override { gate_up.reset_data(); }
 };
 
 }  // namespace
 
 at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  auto node = make_node<GegluNode>(gate, up);
+  auto node = make_node<GegluBackward>("geglu", gate, up);
   auto out = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return geglu(gate, up, approximate);
@@ -150,7 +147,7 @@ at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::str
 }
 
 at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate) {
-  auto node = make_node<GegluPackedNode>(gate_up);
+  auto node = make_node<GegluPackedBackward>("geglu_packed", gate_up);
   auto out = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return geglu_packed(gate_up, approximate);

@@ -8,9 +8,7 @@
 
 namespace liger {
 
-using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
-using torch::autograd::variable_list;
 
 TensorTriple layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps) {
@@ -101,45 +99,37 @@ TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
 
 namespace {
 
-struct LayerNormNode final : RebuildableNode {
-  SavedVariable x, weight, bias, mean, rstd;
-  bool has_bias = false;
+struct LayerNormBackward final : RebuildableNode<LayerNormBackward> {
+  static constexpr size_t kInputs = 3;
+
+  SavedVariable x, weight, mean, rstd;
   at::ScalarType bias_dtype = at::kFloat;
+  SavedVariable bias;  // this and eps for rebuild() alone
   double eps = 0;
 
-  std::string name() const override { return "LayerNormBackward"; }
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.x, self.weight, self.mean, self.rstd, self.bias_dtype);
+  }
 
   // With m = dy * weight:  d x = rstd * (m - mean(m) - n * mean(m * n));  d weight and d bias are the sums
   // over rows of dy * n and dy.
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const auto scale = unpack_optional(weight);
-    const bool need_dx = task_should_compute_output(0);
-    const bool need_dweight = scale && task_should_compute_output(1);
-    const bool need_dbias = has_bias && task_should_compute_output(2);
-    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], x.unpack(), scale, mean.unpack(),
-        rstd.unpack(), bias_dtype, need_dx, need_dweight, need_dbias);
-    if (need_dx) result[0] = dx;
-    if (need_dweight) result[1] = dweight;
-    if (need_dbias) result[2] = dbias;
-    return result;
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
+      const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype) {
+    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], x, optional_tensor(weight), mean, rstd,
+        bias_dtype, wanted[0], wanted[1], wanted[2]);
+    return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(),
+        wanted[2] ? dbias : at::Tensor()};
   }
 
-  at::Tensor rebuild() override {
-    return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
-  }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&x}; }
-  void release() override {
-    for (auto* variable : {&x, &weight, &bias, &mean, &rstd}) variable->reset_data();
-  }
+  at::Tensor rebuild() override { return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps)); }
 };
 
 }  // namespace
 
 TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps) {
-  auto node = make_node<LayerNormNode>(x, weight, bias);
+  auto node = make_node<LayerNormBackward>("layer_norm", x, weight, bias);
   auto [y, mean, rstd] = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_norm(x, weight, bias, eps);
@@ -150,7 +140,6 @@ TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Te
     node->bias = SavedVariable(bias, false);
     node->mean = SavedVariable(mean, false);
     node->rstd = SavedVariable(rstd, false);
-    node->has_bias = bias.has_value();
     node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
     node->eps = eps;
     set_history(y, node);

@@ -27,7 +27,6 @@
 namespace liger {
 
 using torch::autograd::Node;
-using torch::autograd::SavedVariable;
 
 namespace {
 
@@ -42,7 +41,7 @@ std::optional<c10::Stream> current_stream(const at::Tensor& tensor) {
 // and let go after the last of them, at the latest at the end of the pass.
 class Rebuilt : public std::enable_shared_from_this<Rebuilt> {
  public:
-  explicit Rebuilt(std::shared_ptr<RebuildableNode> node)
+  explicit Rebuilt(std::shared_ptr<Rebuildable> node)
       : node_(std::move(node)), dtype_(node_->input_metadata(0).options().dtype().toScalarType()) {}
 
   // Announces somebody who will ask for it in each backward pass.
@@ -138,7 +137,7 @@ class Rebuilt : public std::enable_shared_from_this<Rebuilt> {
     copy->tensor.reset();
   }
 
-  const std::shared_ptr<RebuildableNode> node_;
+  const std::shared_ptr<Rebuildable> node_;
   const at::ScalarType dtype_;
   std::mutex mutex_;
   c10::SmallVector<Copy, 1> copies_;
@@ -191,7 +190,7 @@ std::pair<const std::type_index, Visit> saved_by() {
           }};
 }
 
-Visit find_visit(const Node& node) {
+Visit visit_of(const std::type_info& type) {
   using namespace torch::autograd::generated;  // NOLINT(google-build-using-namespace)
   static const std::unordered_map<std::type_index, Visit> visits = {
       saved_by<MmBackward0, &MmBackward0::self_, &MmBackward0::mat2_>(),
@@ -217,21 +216,33 @@ Visit find_visit(const Node& node) {
       saved_by<ScaledDotProductCudnnAttentionBackward0, &ScaledDotProductCudnnAttentionBackward0::query_,
           &ScaledDotProductCudnnAttentionBackward0::key_, &ScaledDotProductCudnnAttentionBackward0::value_>(),
   };
-  const auto found = visits.find(typeid(node));
+  const auto found = visits.find(type);
   return found == visits.end() ? nullptr : found->second;
 }
 
-bool is_python(const Node& node) {
-  // Its type is in libtorch_python, which this library does without.
-  return std::strcmp(typeid(node).name(), "N5torch8autograd6PyNodeE") == 0;
+// What a node's type says about it, looked up once per type and thread.
+struct NodeType {
+  Visit visit;
+  bool rebuildable, in_python;
+};
+
+NodeType type_of(const Node& node) {
+  thread_local ska::flat_hash_map<const std::type_info*, NodeType> known;
+  const auto& type = typeid(node);
+  if (const auto found = known.find(&type); found != known.end()) return found->second;
+  // The type of Functions in Python is in libtorch_python, which this library does without.
+  const bool in_python = std::strcmp(type.name(), "N5torch8autograd6PyNodeE") == 0;
+  const bool rebuildable = dynamic_cast<const Rebuildable*>(&node) != nullptr;
+  return known.emplace(&type, NodeType{visit_of(type), rebuildable, in_python}).first->second;
 }
 
-RebuildableNode* as_rebuildable(const torch::autograd::Edge& edge) {
-  return edge.input_nr == 0 ? dynamic_cast<RebuildableNode*>(edge.function.get()) : nullptr;
+Rebuildable* as_rebuildable(const torch::autograd::Edge& edge) {
+  auto* node = edge.function.get();
+  return edge.input_nr == 0 && type_of(*node).rebuildable ? static_cast<Rebuildable*>(node) : nullptr;
 }
 
 // The node whose result this node's first argument is, but for its shape.
-RebuildableNode* reshaped_result(const torch::autograd::Edge& from) {
+Rebuildable* reshaped_result(const torch::autograd::Edge& from) {
   using namespace torch::autograd::generated;  // NOLINT(google-build-using-namespace)
   const auto* edge = &from;
   while (edge->function && edge->input_nr == 0 &&
@@ -247,7 +258,7 @@ bool is_copy(const Node& node) {
 }
 
 // The node that a saved tensor can be computed by, if it can.
-RebuildableNode* find_producer(const at::Tensor& saved) {
+Rebuildable* find_producer(const at::Tensor& saved) {
   if (!saved.defined() || saved.layout() != at::kStrided) return nullptr;
   // Tensors within tensors.
   constexpr c10::DispatchKeySet wrappers({at::DispatchKey::Python, at::DispatchKey::Functionalize,
@@ -261,7 +272,9 @@ RebuildableNode* find_producer(const at::Tensor& saved) {
   if (!whole.is_contiguous() || whole.storage_offset() != 0) return nullptr;
   const auto& made_by = whole.grad_fn();
   if (!made_by) return nullptr;
-  if (auto* node = as_rebuildable({made_by, static_cast<uint32_t>(whole.output_nr())})) return node;
+  if (type_of(*made_by).rebuildable) {
+    return whole.output_nr() == 0 ? static_cast<Rebuildable*>(made_by.get()) : nullptr;
+  }
   if (!is_copy(*made_by)) return nullptr;
   auto* node = reshaped_result(made_by->next_edge(0));
   if (node == nullptr || node->written_to()) return nullptr;
@@ -273,7 +286,7 @@ std::optional<Recipe> find_recipe(const at::Tensor& saved) {
   if (node == nullptr) return std::nullopt;
   auto rebuilt = node->rebuilt.lock();
   if (!rebuilt) {
-    rebuilt = std::make_shared<Rebuilt>(std::static_pointer_cast<RebuildableNode>(node->getptr()));
+    rebuilt = std::make_shared<Rebuilt>(std::static_pointer_cast<Rebuildable>(node->getptr()));
     node->rebuilt = rebuilt;
   }
   rebuilt->expect(saved.scalar_type());
@@ -295,10 +308,11 @@ bool takes_result(const Node& node) {
 // Nodes of Functions in Python that were given results are returned, as tensors made by them.
 std::vector<at::Tensor> drop_results(at::TensorList outputs, int64_t since) {
   std::vector<at::Tensor> in_python;
-  std::vector<Node*> stack;
+  c10::SmallVector<Node*, 64> stack;
   ska::flat_hash_set<Node*> seen;
+  seen.reserve(128);
   // Results that a node takes to compute its own.
-  std::vector<std::tuple<RebuildableNode*, std::shared_ptr<Rebuilt>, at::ScalarType>> nested;
+  std::vector<std::tuple<Rebuildable*, std::shared_ptr<Rebuilt>, at::ScalarType>> nested;
 
   const auto reach = [&](Node* node) {
     // Without edges: the accumulation of a parameter's gradient.
@@ -315,7 +329,7 @@ std::vector<at::Tensor> drop_results(at::TensorList outputs, int64_t since) {
     stack.pop_back();
     for (const auto& edge : node.next_edges()) reach(edge.function.get());
 
-    RebuildableNode* takes = nullptr;
+    Rebuildable* takes = nullptr;
     const auto drop = [&](SavedVariable& variable) {
       const auto saved = variable.get_raw_data();
       if (!saved) return;
@@ -324,11 +338,13 @@ std::vector<at::Tensor> drop_results(at::TensorList outputs, int64_t since) {
       if (takes != nullptr) nested.emplace_back(takes, recipe->rebuilt, recipe->dtype);
       variable.register_hooks(std::make_unique<Hooks>(std::move(*recipe)));
     };
-    if (const auto visit = find_visit(node)) {
-      visit(node, drop);
-    } else if ((takes = dynamic_cast<RebuildableNode*>(&node))) {
-      for (auto* variable : takes->inputs()) drop(*variable);
-    } else if (is_python(node) && takes_result(node)) {
+    const auto type = type_of(node);
+    if (type.visit != nullptr) {
+      type.visit(node, drop);
+    } else if (type.rebuildable) {
+      takes = static_cast<Rebuildable*>(&node);
+      for (auto* variable : takes->saved()) drop(*variable);
+    } else if (type.in_python && takes_result(node)) {
       in_python.push_back(at::empty({0}));
       torch::autograd::impl::set_gradient_edge(in_python.back(), {node.getptr(), 0});
     }

@@ -4,19 +4,21 @@
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
-#include "ops/rebuildable.h"
 #include "ops/rms_norm_checks.h"
+#include "ops/rms_norm_node.h"
 
 namespace liger {
 
-using torch::autograd::SavedVariable;
-using torch::autograd::set_history;
-using torch::autograd::variable_list;
+namespace {
+const auto& rms_norm_operator() {
+  static const auto op = find_operator("liger::rms_norm", rms_norm);
+  return op;
+}
+}  // namespace
 
 TensorPair rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps, double offset,
     std::string_view casting_mode) {
-  static const auto op = find_operator("liger::rms_norm", rms_norm);
-  return op.call(x, weight, eps, offset, casting_mode);
+  return rms_norm_operator().call(x, weight, eps, offset, casting_mode);
 }
 
 TensorPair rms_norm_backward(const at::Tensor& dy, const at::Tensor& x,
@@ -97,58 +99,34 @@ TensorPair rms_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
       need_dweight ? at::empty_symint(weight->sym_sizes(), weight->options()) : at::empty({0}, x.options())};
 }
 
-namespace {
+variable_list RmsNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
+    const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
+  auto [dx, dweight] = rms_norm_backward(
+      grads[0], x, optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1]);
+  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor()};
+}
 
-struct RmsNormNode final : RebuildableNode {
-  SavedVariable x, weight, rstd;
-  double eps = 0, offset = 0;
-  std::string casting_mode;
+at::Tensor RmsNormBackward::rebuild() {
+  return std::get<0>(rms_norm(x.unpack(), unpack_parameter(weight), eps, offset, casting_mode));
+}
 
-  std::string name() const override { return "RmsNormBackward"; }
-
-  // d x = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight);  d weight = sum over rows of dy * n.
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    const auto scale = unpack_optional(weight);
-    const bool need_dx = task_should_compute_output(0);
-    const bool need_dweight = scale && task_should_compute_output(1);
-    auto [dx, dweight] = rms_norm_backward(
-        grads[0], x.unpack(), scale, rstd.unpack(), offset, casting_mode, need_dx, need_dweight);
-    if (need_dx) result[0] = dx;
-    if (need_dweight) result[1] = dweight;
-    return result;
-  }
-
-  at::Tensor rebuild() override {
-    return std::get<0>(rms_norm(x.unpack(), unpack_parameter(weight), eps, offset, casting_mode));
-  }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&x}; }
-  void release() override {
-    for (auto* variable : {&x, &weight, &rstd}) variable->reset_data();
-  }
-};
-
-}  // namespace
-
-TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
-    double offset, std::string_view casting_mode) {
-  auto node = make_node<RmsNormNode>(x, weight);
-  auto [y, rstd] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rms_norm(x, weight, eps, offset, casting_mode);
-  }();
+TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
+  const auto node = make_node<RmsNormBackward>("rms_norm", x, weight);
+  auto result =
+      redispatch_below_autograd(rms_norm_operator(), keys, x, weight, eps, offset, casting_mode);
   if (node) {
-    node->x = SavedVariable(x, false);
-    node->weight = SavedVariable(weight, false);
-    node->rstd = SavedVariable(rstd, false);
-    node->eps = eps;
+    const auto& [y, rstd] = result;
+    node->x = SavedVariable(x, /*is_output=*/false);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
     node->offset = offset;
     node->casting_mode = casting_mode;
-    set_history(y, node);
+    node->eps = eps;
+    torch::autograd::set_history(y, node);
     node->watch(y);
   }
-  return {y, rstd};
+  return result;
 }
 
 }  // namespace liger

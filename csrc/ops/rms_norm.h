@@ -50,7 +50,7 @@ TensorPair rms_norm_meta(const at::Tensor& x, const std::optional<at::Tensor>& w
 TensorPair rms_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
     std::string_view casting_mode, bool need_dx, bool need_dweight);
-TensorPair rms_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight, double eps,
-    double offset, std::string_view casting_mode);
+TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode);
 
 }  // namespace liger

@@ -6,9 +6,7 @@
 
 namespace liger {
 
-using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
-using torch::autograd::variable_list;
 
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   static const auto op = find_operator("liger::swiglu", swiglu);
@@ -65,47 +63,46 @@ at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor&
 namespace {
 
 // With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
-struct SwigluNode final : RebuildableNode {
+struct SwigluBackward final : RebuildableNode<SwigluBackward> {
+  static constexpr size_t kInputs = 2;
+
   SavedVariable gate, up;
 
-  std::string name() const override { return "SwigluBackward"; }
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.gate, self.up);
+  }
 
-  variable_list apply(variable_list&& grads) override {
-    variable_list result(2);
-    if (!grads[0].defined()) return result;
-    auto [dgate, dup] = swiglu_backward(grads[0], gate.unpack(), up.unpack());
-    if (task_should_compute_output(0)) result[0] = dgate;
-    if (task_should_compute_output(1)) result[1] = dup;
-    return result;
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
+      const at::Tensor& up) {
+    auto [dgate, dup] = swiglu_backward(grads[0], gate, up);
+    return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
   }
 
   at::Tensor rebuild() override { return swiglu(gate.unpack(), up.unpack()); }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate, &up}; }
-  void release() override {
-    gate.reset_data();
-    up.reset_data();
-  }
 };
 
-struct SwigluPackedNode final : RebuildableNode {
+struct SwigluPackedBackward final : RebuildableNode<SwigluPackedBackward> {
+  static constexpr size_t kInputs = 1;
+
   SavedVariable gate_up;
 
-  std::string name() const override { return "SwigluPackedBackward"; }
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.gate_up);
+  }
 
-  variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) return {at::Tensor()};
-    return {swiglu_packed_backward(grads[0], gate_up.unpack())};
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up) {
+    return {swiglu_packed_backward(grads[0], gate_up)};
   }
 
   at::Tensor rebuild() override { return swiglu_packed(gate_up.unpack()); }
-  c10::SmallVector<SavedVariable*, 3> inputs() override { return {&gate_up}; }
-  void release() override { gate_up.reset_data(); }
 };
 
 }  // namespace
 
 at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
-  auto node = make_node<SwigluNode>(gate, up);
+  auto node = make_node<SwigluBackward>("swiglu", gate, up);
   auto out = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return swiglu(gate, up);
@@ -120,7 +117,7 @@ at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
 }
 
 at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up) {
-  auto node = make_node<SwigluPackedNode>(gate_up);
+  auto node = make_node<SwigluPackedBackward>("swiglu_packed", gate_up);
   auto out = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return swiglu_packed(gate_up);

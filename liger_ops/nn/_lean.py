@@ -54,11 +54,9 @@ def _leave(layer: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     layers = _thread.layers
-    if not any(running is layer for running, _ in layers):
+    if not layers or layers[-1][0] is not layer:
         return
-    running, since = layers.pop()
-    while running is not layer:
-        running, since = layers.pop()
+    _, since = layers.pop()
     if isinstance(output, Tensor):
         outputs = [output]
     else:
