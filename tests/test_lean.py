@@ -328,7 +328,7 @@ def test_threads(device):
 
 @pytest.mark.gpu
 def test_streams():
-    """Each product's backward runs on the stream of its forward, and asks there for the result of the norm."""
+    """Each product's backward runs on the stream of its forward, and asks there for the norm's result."""
 
     class Forked(nn.Module):
         def __init__(self):

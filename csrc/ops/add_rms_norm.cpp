@@ -90,8 +90,8 @@ struct AddRmsNormBackward final : RebuildableNode<AddRmsNormBackward> {
   }
 
   // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
-  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum, const at::Tensor& weight,
-      const at::Tensor& rstd, double offset, const std::string& casting_mode) {
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
+      const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
     const auto &dy = grads[0], &dsum = grads[1];
     if (!dy.defined()) {
       // Only the sum was used.
@@ -103,7 +103,9 @@ struct AddRmsNormBackward final : RebuildableNode<AddRmsNormBackward> {
         wanted[2] ? dweight : at::Tensor()};
   }
 
-  at::Tensor rebuild() override { return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode)); }
+  at::Tensor rebuild() override {
+    return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode));
+  }
 };
 
 }  // namespace

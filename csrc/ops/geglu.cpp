@@ -121,7 +121,8 @@ struct GegluPackedBackward final : RebuildableNode<GegluPackedBackward> {
     return std::tie(self.gate_up, self.approximate);
   }
 
-  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up, const std::string& approximate) {
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up,
+      const std::string& approximate) {
     return {geglu_packed_backward(grads[0], gate_up, approximate)};
   }
 

@@ -116,13 +116,15 @@ struct LayerNormBackward final : RebuildableNode<LayerNormBackward> {
   // over rows of dy * n and dy.
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
       const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype) {
-    auto [dx, dweight, dbias] = layer_norm_backward(grads[0], x, optional_tensor(weight), mean, rstd,
-        bias_dtype, wanted[0], wanted[1], wanted[2]);
-    return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(),
-        wanted[2] ? dbias : at::Tensor()};
+    auto [dx, dweight, dbias] = layer_norm_backward(
+        grads[0], x, optional_tensor(weight), mean, rstd, bias_dtype, wanted[0], wanted[1], wanted[2]);
+    return {
+        wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(), wanted[2] ? dbias : at::Tensor()};
   }
 
-  at::Tensor rebuild() override { return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps)); }
+  at::Tensor rebuild() override {
+    return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
+  }
 };
 
 }  // namespace

@@ -307,6 +307,8 @@ bool takes_result(const Node& node) {
 // Drops what the nodes that were made since then, of those that the outputs lead to, have saved of results.
 // Nodes of Functions in Python that were given results are returned, as tensors made by them.
 std::vector<at::Tensor> drop_results(at::TensorList outputs, int64_t since) {
+  // Registering hooks detaches, which is quicker so.
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<at::Tensor> in_python;
   c10::SmallVector<Node*, 64> stack;
   ska::flat_hash_set<Node*> seen;

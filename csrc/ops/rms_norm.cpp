@@ -113,8 +113,7 @@ at::Tensor RmsNormBackward::rebuild() {
 TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
   const auto node = make_node<RmsNormBackward>("rms_norm", x, weight);
-  auto result =
-      redispatch_below_autograd(rms_norm_operator(), keys, x, weight, eps, offset, casting_mode);
+  auto result = redispatch_below_autograd(rms_norm_operator(), keys, x, weight, eps, offset, casting_mode);
   if (node) {
     const auto& [y, rstd] = result;
     node->x = SavedVariable(x, /*is_output=*/false);

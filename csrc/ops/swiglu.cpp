@@ -1,6 +1,5 @@
 #include "ops/swiglu.h"
 
-
 #include "ops/dispatch.h"
 #include "ops/rebuildable.h"
 
@@ -73,8 +72,8 @@ struct SwigluBackward final : RebuildableNode<SwigluBackward> {
     return std::tie(self.gate, self.up);
   }
 
-  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
-      const at::Tensor& up) {
+  static variable_list backward(
+      const variable_list& grads, Wanted wanted, const at::Tensor& gate, const at::Tensor& up) {
     auto [dgate, dup] = swiglu_backward(grads[0], gate, up);
     return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
   }

@@ -72,9 +72,7 @@ def _result(recipe: Any) -> Tensor:
     return recipe.tensor()
 
 
-def make_again(
-    result: Tensor, source: Tensor, operator: Callable[..., Tensor], *arguments: Any
-) -> None:
+def make_again(result: Tensor, source: Tensor, operator: Callable[..., Tensor], *arguments: Any) -> None:
     """In a lean layer, the node of the result makes its first argument by ``operator(source, *arguments)``
     when backward asks, instead of keeping it.
 
