@@ -3,20 +3,24 @@
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 
+#include "ops/add_rms_norm_node.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
-#include "ops/rebuildable.h"
 #include "ops/rms_norm.h"
 #include "ops/rms_norm_checks.h"
 
 namespace liger {
 
-using torch::autograd::set_history;
+namespace {
+const auto& add_rms_norm_operator() {
+  static const auto op = find_operator("liger::add_rms_norm", add_rms_norm);
+  return op;
+}
+}  // namespace
 
 TensorTriple add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  static const auto op = find_operator("liger::add_rms_norm", add_rms_norm);
-  return op.call(x, residual, weight, eps, offset, casting_mode);
+  return add_rms_norm_operator().call(x, residual, weight, eps, offset, casting_mode);
 }
 
 TensorTriple add_rms_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
@@ -74,61 +78,42 @@ TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optiona
                    : at::empty({0}, sum.options())};
 }
 
-namespace {
-
-struct AddRmsNormBackward final : RebuildableNode<AddRmsNormBackward> {
-  static constexpr size_t kInputs = 3;  // x, residual, weight
-
-  SavedVariable sum, weight, rstd;
-  double offset = 0;
-  std::string casting_mode;
-  double eps = 0;  // for rebuild() alone
-
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.sum, self.weight, self.rstd, self.offset, self.casting_mode);
+variable_list AddRmsNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
+    const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
+  const auto &dy = grads[0], &dsum = grads[1];
+  if (!dy.defined()) {
+    // Only the sum was used.
+    return {wanted[0] ? dsum.clone() : at::Tensor(), wanted[1] ? dsum.clone() : at::Tensor(), at::Tensor()};
   }
+  auto [dx, dresidual, dweight] = add_rms_norm_backward(dy, optional_tensor(dsum), sum,
+      optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1], wanted[2]);
+  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dresidual : at::Tensor(),
+      wanted[2] ? dweight : at::Tensor()};
+}
 
-  // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
-  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
-      const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
-    const auto &dy = grads[0], &dsum = grads[1];
-    if (!dy.defined()) {
-      // Only the sum was used.
-      return {wanted[0] ? dsum.clone() : at::Tensor(), wanted[1] ? dsum.clone() : at::Tensor(), at::Tensor()};
-    }
-    auto [dx, dresidual, dweight] = add_rms_norm_backward(dy, optional_tensor(dsum), sum,
-        optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1], wanted[2]);
-    return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dresidual : at::Tensor(),
-        wanted[2] ? dweight : at::Tensor()};
-  }
+at::Tensor AddRmsNormBackward::rebuild() {
+  return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode));
+}
 
-  at::Tensor rebuild() override {
-    return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode));
-  }
-};
-
-}  // namespace
-
-TensorTriple add_rms_norm_autograd(const at::Tensor& x, const at::Tensor& residual,
+TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
-  auto node = make_node<AddRmsNormBackward>("add_rms_norm", x, residual, weight);
-  auto [y, sum, rstd] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return add_rms_norm(x, residual, weight, eps, offset, casting_mode);
-  }();
+  const auto node = make_node<AddRmsNormBackward>("add_rms_norm", x, residual, weight);
+  auto result = redispatch_below_autograd(
+      add_rms_norm_operator(), keys, x, residual, weight, eps, offset, casting_mode);
   if (node) {
-    node->weight = SavedVariable(weight, false);
-    node->rstd = SavedVariable(rstd, false);
-    node->eps = eps;
+    const auto& [y, sum, rstd] = result;
+    torch::autograd::set_history(y, node);
+    node->watch(y);
+    torch::autograd::set_history(sum, node);
+    // After it has its history: saved before, the sum would keep its own node alive.
+    node->sum = SavedVariable(sum, /*is_output=*/true);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
     node->offset = offset;
     node->casting_mode = casting_mode;
-    set_history(y, node);
-    set_history(sum, node);
-    node->sum = SavedVariable(sum, true);
-    node->watch(y);
+    node->eps = eps;
   }
-  return {y, sum, rstd};
+  return result;
 }
 
 }  // namespace liger

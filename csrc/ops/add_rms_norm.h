@@ -46,7 +46,7 @@ TensorTriple add_rms_norm_meta(const at::Tensor& x, const at::Tensor& residual,
 TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
     const at::Tensor& sum, const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
     std::string_view casting_mode, bool need_dx, bool need_dresidual, bool need_dweight);
-TensorTriple add_rms_norm_autograd(const at::Tensor& x, const at::Tensor& residual,
+TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode);
 
 }  // namespace liger

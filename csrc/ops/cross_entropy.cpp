@@ -1,18 +1,15 @@
 #include "ops/cross_entropy.h"
 
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
 
 #include "ops/checks.h"
 #include "ops/cross_entropy_rows.h"
 #include "ops/dispatch.h"
+#include "ops/node.h"
 
 namespace liger {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
@@ -184,54 +181,29 @@ at::Tensor cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor
 
 namespace {
 
-// The arguments that no gradient flows into.
-struct Constants {
-  const at::Tensor& target;
-  const std::optional<at::Tensor>& weight;
-  int64_t ignore_index;
-  double label_smoothing, lse_square_scale;
+struct CrossEntropyBackward : BackwardNode<CrossEntropyBackward> {
+  static constexpr size_t kInputs = 1;  // logits
+
+  SavedVariable logits, target, weight, lse, lse_low, totals;
+  int64_t ignore_index = 0;
+  double label_smoothing = 0, lse_square_scale = 0;
   std::optional<double> softcap;
-  std::string_view reduction;
-  bool use_token_scaling, return_token_accuracy, return_predicted_tokens;
-};
+  std::string reduction;
+  bool use_token_scaling = false;
 
-class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFunction> {
- public:
-  static constexpr bool is_traceable = true;
-
-  // The outputs other than loss leave through a pointer: returned tensors would have to be marked
-  // non-differentiable, which compiled autograd does not support.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& logits, const Constants& constants,
-      CrossEntropyOutputs* outputs) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
-        cross_entropy_forward(logits, constants.target, constants.weight, constants.ignore_index,
-            constants.label_smoothing, constants.lse_square_scale, constants.softcap, constants.reduction,
-            constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens);
-    ctx->save_for_backward(
-        {logits, constants.target, constants.weight.value_or(at::Tensor()), lse, lse_low, totals});
-    ctx->saved_data["ignore_index"] = constants.ignore_index;
-    ctx->saved_data["label_smoothing"] = constants.label_smoothing;
-    ctx->saved_data["lse_square_scale"] = constants.lse_square_scale;
-    ctx->saved_data["softcap"] = constants.softcap;
-    ctx->saved_data["reduction"] = std::string(constants.reduction);
-    ctx->saved_data["use_token_scaling"] = constants.use_token_scaling;
-    ctx->set_materialize_grads(false);
-    *outputs = {at::Tensor(), z_loss, lse, token_accuracy, predicted_tokens};
-    return {loss};
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.logits, self.target, self.weight, self.lse, self.lse_low, self.totals,
+        self.ignore_index, self.label_smoothing, self.lse_square_scale, self.softcap, self.reduction,
+        self.use_token_scaling);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(3);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto weight = saved[2].defined() ? std::optional<at::Tensor>(saved[2]) : std::nullopt;
-    auto& data = ctx->saved_data;
-    result[0] = cross_entropy_backward(grads[0], saved[0], saved[1], weight, saved[3], saved[4], saved[5],
-        data["ignore_index"].toInt(), data["label_smoothing"].toDouble(), data["lse_square_scale"].toDouble(),
-        data["softcap"].toOptional<double>(), data["reduction"].toStringRef(),
-        data["use_token_scaling"].toBool());
-    return result;
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& logits,
+      const at::Tensor& target, const at::Tensor& weight, const at::Tensor& lse, const at::Tensor& lse_low,
+      const at::Tensor& totals, int64_t ignore_index, double label_smoothing, double lse_square_scale,
+      std::optional<double> softcap, const std::string& reduction, bool use_token_scaling) {
+    return {cross_entropy_backward(grads[0], logits, target, optional_tensor(weight), lse, lse_low, totals,
+        ignore_index, label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling)};
   }
 };
 
@@ -244,17 +216,30 @@ CrossEntropyOutputs cross_entropy_autograd(const at::Tensor& logits, const at::T
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !weight || !weight->requires_grad(),
       "liger::cross_entropy: the gradient with respect "
       "to weight is not implemented; detach() it");
-  if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+  check_no_tangent("cross_entropy", weight);
+  const auto node = make_node<CrossEntropyBackward>("cross_entropy", logits);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!node) {
     return cross_entropy(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
         reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
   }
-  const Constants constants{target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-      reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens};
-  CrossEntropyOutputs outputs;
-  auto loss = CrossEntropyFunction::apply(logits, constants, &outputs);
-  std::get<0>(outputs) = loss[0];
-  return outputs;
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
+      cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+          reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+  node->logits = SavedVariable(logits, /*is_output=*/false);
+  node->target = SavedVariable(target, /*is_output=*/false);
+  node->weight = SavedVariable(weight, /*is_output=*/false);
+  node->lse = SavedVariable(lse, /*is_output=*/false);
+  node->lse_low = SavedVariable(lse_low, /*is_output=*/false);
+  node->totals = SavedVariable(totals, /*is_output=*/false);
+  node->ignore_index = ignore_index;
+  node->label_smoothing = label_smoothing;
+  node->lse_square_scale = lse_square_scale;
+  node->softcap = softcap;
+  node->reduction = reduction;
+  node->use_token_scaling = use_token_scaling;
+  torch::autograd::set_history(loss, node);
+  return {loss, z_loss, lse, token_accuracy, predicted_tokens};
 }
 
 }  // namespace liger

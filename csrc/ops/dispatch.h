@@ -18,8 +18,8 @@ auto find_operator(const char* name, Function* /*signature*/) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
-// Continues an operator from its Autograd kernel, which was called with `keys`: the kernels below, and whatever
-// they call, record nothing for differentiation.
+// Continues an operator from its Autograd kernel, which was called with `keys`: the kernels below, and
+// whatever they call, record nothing for differentiation.
 template <typename Handle, typename... Args>
 auto redispatch_below_autograd(const Handle& op, c10::DispatchKeySet keys, const Args&... args) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;

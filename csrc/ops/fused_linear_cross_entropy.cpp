@@ -3,18 +3,15 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <utility>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/node.h"
 
 namespace liger {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 CrossEntropyOutputs fused_linear_cross_entropy(const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& target, const std::optional<at::Tensor>& bias,
@@ -253,28 +250,9 @@ void fused_linear_cross_entropy_scale_inplace_meta(at::Tensor& grad, const at::T
 
 namespace {
 
-// The arguments that no gradient flows into.
-struct Constants {
-  const at::Tensor& target;
-  const std::optional<at::Tensor>& ce_weight;
-  int64_t ignore_index;
-  double label_smoothing, lse_square_scale;
-  std::optional<double> softcap;
-  std::string_view reduction;
-  const std::optional<at::Tensor>& num_items;
-  std::optional<at::ScalarType> accum_dtype;
-  std::optional<int64_t> workspace_bytes;
-  bool use_token_scaling, return_token_accuracy, return_predicted_tokens;
-  std::optional<at::ScalarType> compute_dtype;
-};
-
-struct Wanted {
-  bool dinput, dweight, dbias;
-};
-
 // grad * scale: in grad's own memory when nobody will ask for this saved tensor again. That is so when the
 // graph is released after this backward; a tracer must not see the mutation.
-at::Tensor scaled(at::Tensor& saved, const at::Tensor& scale) {
+at::Tensor scaled(at::Tensor saved, const at::Tensor& scale) {
   if (at::GradMode::is_enabled()) {
     // create_graph=True. The saved gradient depends on input and weight, which no graph knows of. With a
     // factor that wants a gradient, the result gets a node that says so when it is differentiated.
@@ -288,94 +266,58 @@ at::Tensor scaled(at::Tensor& saved, const at::Tensor& scale) {
   return saved;
 }
 
-// "mean" and "sum". The outputs other than loss leave through a pointer: returned tensors would have to be
-// marked non-differentiable, which compiled autograd does not support.
-class FusedLinearCrossEntropyFunction : public torch::autograd::Function<FusedLinearCrossEntropyFunction> {
- public:
-  static constexpr bool is_traceable = true;
+// "mean" and "sum": the gradients wait for their factor.
+struct FusedLinearCrossEntropyBackward : BackwardNode<FusedLinearCrossEntropyBackward> {
+  static constexpr size_t kInputs = 3;  // input, weight, bias
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const Constants& constants, Wanted wanted, CrossEntropyOutputs* outputs,
-      const std::optional<at::Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [loss, z_loss, lse, token_accuracy, predicted_tokens, dinput, dweight, dbias, grad_scale] =
-        fused_linear_cross_entropy_forward(input, weight, constants.target, bias, constants.ce_weight,
-            constants.ignore_index, constants.label_smoothing, constants.lse_square_scale, constants.softcap,
-            constants.reduction, constants.num_items, constants.accum_dtype, constants.workspace_bytes,
-            constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens,
-            constants.compute_dtype, wanted.dinput, wanted.dweight, wanted.dbias);
-    const bool scaled_later = constants.compute_dtype.value_or(input.scalar_type()) == at::kHalf;
-    ctx->save_for_backward({wanted.dinput ? dinput : at::Tensor(), wanted.dweight ? dweight : at::Tensor(),
-        wanted.dbias ? dbias : at::Tensor(), scaled_later ? grad_scale : at::Tensor()});
-    ctx->set_materialize_grads(false);
-    *outputs = {at::Tensor(), z_loss, lse, token_accuracy, predicted_tokens};
-    return {loss};
+  SavedVariable dinput, dweight, dbias, grad_scale;
+
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.dinput, self.dweight, self.dbias, self.grad_scale);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (!grads[0].defined()) return result;
-    auto saved = ctx->get_saved_variables();
-    const auto scale = [&](int64_t i) {
-      return saved[3].defined() ? grads[0].mul(saved[3].select(0, i)) : grads[0];
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& dinput,
+      const at::Tensor& dweight, const at::Tensor& dbias, const at::Tensor& grad_scale) {
+    const auto gradient = [&](const at::Tensor& saved, int64_t position) {
+      if (!saved.defined()) return at::Tensor();
+      return scaled(saved, grad_scale.defined() ? grads[0].mul(grad_scale.select(0, position)) : grads[0]);
     };
-    if (saved[0].defined()) result[0] = scaled(saved[0], scale(0));
-    if (saved[1].defined()) result[1] = scaled(saved[1], scale(1));
-    if (saved[2].defined()) result[5] = scaled(saved[2], scale(1));
-    return result;
+    return {gradient(dinput, 0), gradient(dweight, 1), gradient(dbias, 1)};
   }
 };
 
-class FusedLinearCrossEntropyUnreducedFunction
-    : public torch::autograd::Function<FusedLinearCrossEntropyUnreducedFunction> {
- public:
-  static constexpr bool is_traceable = true;
+// "none".
+struct FusedLinearCrossEntropyUnreducedBackward : BackwardNode<FusedLinearCrossEntropyUnreducedBackward> {
+  static constexpr size_t kInputs = 3;  // input, weight, bias
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-      const Constants& constants, Wanted wanted, CrossEntropyOutputs* outputs,
-      const std::optional<at::Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    *outputs = fused_linear_cross_entropy(input, weight, constants.target, bias, constants.ce_weight,
-        constants.ignore_index, constants.label_smoothing, constants.lse_square_scale, constants.softcap,
-        constants.reduction, constants.num_items, constants.accum_dtype, constants.workspace_bytes,
-        constants.use_token_scaling, constants.return_token_accuracy, constants.return_predicted_tokens,
-        constants.compute_dtype);
-    ctx->save_for_backward({input, weight, constants.target, bias.value_or(at::Tensor()),
-        constants.ce_weight.value_or(at::Tensor())});
-    ctx->saved_data["ignore_index"] = constants.ignore_index;
-    ctx->saved_data["label_smoothing"] = constants.label_smoothing;
-    ctx->saved_data["lse_square_scale"] = constants.lse_square_scale;
-    ctx->saved_data["softcap"] = constants.softcap;
-    ctx->saved_data["accum_dtype"] = constants.accum_dtype;
-    ctx->saved_data["workspace_bytes"] = constants.workspace_bytes;
-    ctx->saved_data["use_token_scaling"] = constants.use_token_scaling;
-    ctx->saved_data["compute_dtype"] = constants.compute_dtype;
-    ctx->saved_data["need_dinput"] = wanted.dinput;
-    ctx->saved_data["need_dweight"] = wanted.dweight;
-    ctx->saved_data["need_dbias"] = wanted.dbias;
-    ctx->set_materialize_grads(false);
-    return {std::exchange(std::get<0>(*outputs), at::Tensor())};
+  SavedVariable input, weight, target, bias, ce_weight;
+  int64_t ignore_index = 0;
+  double label_smoothing = 0, lse_square_scale = 0;
+  std::optional<double> softcap;
+  std::optional<at::ScalarType> accum_dtype;
+  std::optional<int64_t> workspace_bytes;
+  bool use_token_scaling = false;
+  std::optional<at::ScalarType> compute_dtype;
+
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.input, self.weight, self.target, self.bias, self.ce_weight, self.ignore_index,
+        self.label_smoothing, self.lse_square_scale, self.softcap, self.accum_dtype, self.workspace_bytes,
+        self.use_token_scaling, self.compute_dtype);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
-    auto& data = ctx->saved_data;
-    const bool need_dinput = data["need_dinput"].toBool();
-    const bool need_dweight = data["need_dweight"].toBool();
-    const bool need_dbias = data["need_dbias"].toBool();
-    auto [dinput, dweight, dbias] = fused_linear_cross_entropy_backward(grads[0], saved[0], saved[1],
-        saved[2], optional(saved[3]), optional(saved[4]), data["ignore_index"].toInt(),
-        data["label_smoothing"].toDouble(), data["lse_square_scale"].toDouble(),
-        data["softcap"].toOptional<double>(), data["accum_dtype"].toOptional<at::ScalarType>(),
-        data["workspace_bytes"].toOptional<int64_t>(), data["use_token_scaling"].toBool(),
-        data["compute_dtype"].toOptional<at::ScalarType>(), need_dinput, need_dweight, need_dbias);
-    if (need_dinput) result[0] = dinput;
-    if (need_dweight) result[1] = dweight;
-    if (need_dbias) result[5] = dbias;
-    return result;
+  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& input,
+      const at::Tensor& weight, const at::Tensor& target, const at::Tensor& bias, const at::Tensor& ce_weight,
+      int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+      std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes,
+      bool use_token_scaling, std::optional<at::ScalarType> compute_dtype) {
+    auto [dinput, dweight, dbias] =
+        fused_linear_cross_entropy_backward(grads[0], input, weight, target, optional_tensor(bias),
+            optional_tensor(ce_weight), ignore_index, label_smoothing, lse_square_scale, softcap, accum_dtype,
+            workspace_bytes, use_token_scaling, compute_dtype, wanted[0], wanted[1], wanted[2]);
+    return {wanted[0] ? dinput : at::Tensor(), wanted[1] ? dweight : at::Tensor(),
+        wanted[2] ? dbias : at::Tensor()};
   }
 };
 
@@ -394,27 +336,55 @@ CrossEntropyOutputs fused_linear_cross_entropy_autograd(const at::Tensor& input,
     const std::optional<at::Tensor>& num_items, std::optional<at::ScalarType> accum_dtype,
     std::optional<int64_t> workspace_bytes, bool use_token_scaling, bool return_token_accuracy,
     bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
-  Wanted wanted{};
+  constexpr auto op = "fused_linear_cross_entropy";
   if (at::GradMode::is_enabled()) {
     check_no_gradient("ce_weight", ce_weight);
     check_no_gradient("num_items", num_items);
-    wanted = {input.requires_grad(), weight.requires_grad(), bias && bias->requires_grad()};
   }
-  if (!wanted.dinput && !wanted.dweight && !wanted.dbias) {
+  check_no_tangent(op, input, weight, bias, ce_weight, num_items);
+  const auto without_gradients = [&] {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return fused_linear_cross_entropy(input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
         lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling,
         return_token_accuracy, return_predicted_tokens, compute_dtype);
+  };
+  if (!torch::autograd::compute_requires_grad(input, weight, bias)) return without_gradients();
+  if (reduction == "none") {
+    const auto node = make_node<FusedLinearCrossEntropyUnreducedBackward>(op, input, weight, bias);
+    auto outputs = without_gradients();
+    node->input = SavedVariable(input, /*is_output=*/false);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->target = SavedVariable(target, /*is_output=*/false);
+    node->bias = SavedVariable(bias, /*is_output=*/false);
+    node->ce_weight = SavedVariable(ce_weight, /*is_output=*/false);
+    node->ignore_index = ignore_index;
+    node->label_smoothing = label_smoothing;
+    node->lse_square_scale = lse_square_scale;
+    node->softcap = softcap;
+    node->accum_dtype = accum_dtype;
+    node->workspace_bytes = workspace_bytes;
+    node->use_token_scaling = use_token_scaling;
+    node->compute_dtype = compute_dtype;
+    torch::autograd::set_history(std::get<0>(outputs), node);
+    return outputs;
   }
-  const Constants constants{target, ce_weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-      reduction, num_items, accum_dtype, workspace_bytes, use_token_scaling, return_token_accuracy,
-      return_predicted_tokens, compute_dtype};
-  CrossEntropyOutputs outputs;
-  const auto loss = reduction == "none"
-      ? FusedLinearCrossEntropyUnreducedFunction::apply(input, weight, constants, wanted, &outputs, bias)
-      : FusedLinearCrossEntropyFunction::apply(input, weight, constants, wanted, &outputs, bias);
-  std::get<0>(outputs) = loss[0];
-  return outputs;
+  const auto node = make_node<FusedLinearCrossEntropyBackward>(op, input, weight, bias);
+  const auto wanted = [&](size_t i) { return node->should_compute_output(i); };
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, dinput, dweight, dbias, grad_scale] =
+      fused_linear_cross_entropy_forward(input, weight, target, bias, ce_weight, ignore_index,
+          label_smoothing, lse_square_scale, softcap, reduction, num_items, accum_dtype, workspace_bytes,
+          use_token_scaling, return_token_accuracy, return_predicted_tokens, compute_dtype, wanted(0),
+          wanted(1), wanted(2));
+  if (wanted(0)) node->dinput = SavedVariable(dinput, /*is_output=*/false);
+  if (wanted(1)) node->dweight = SavedVariable(dweight, /*is_output=*/false);
+  if (wanted(2)) node->dbias = SavedVariable(dbias, /*is_output=*/false);
+  // Of size 0 in other dtypes.
+  if (compute_dtype.value_or(input.scalar_type()) == at::kHalf) {
+    node->grad_scale = SavedVariable(grad_scale, /*is_output=*/false);
+  }
+  torch::autograd::set_history(loss, node);
+  return {loss, z_loss, lse, token_accuracy, predicted_tokens};
 }
 
 // The products run in the autocast dtype, as those of linear. The arguments keep theirs, so that the

@@ -5,15 +5,23 @@
 #include <string>
 
 #include "ops/dispatch.h"
-#include "ops/rebuildable.h"
+#include "ops/geglu_node.h"
 
 namespace liger {
 
-using torch::autograd::set_history;
+namespace {
+const auto& geglu_operator() {
+  static const auto op = find_operator("liger::geglu", geglu);
+  return op;
+}
+const auto& geglu_packed_operator() {
+  static const auto op = find_operator("liger::geglu_packed", geglu_packed);
+  return op;
+}
+}  // namespace
 
 at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  static const auto op = find_operator("liger::geglu", geglu);
-  return op.call(gate, up, approximate);
+  return geglu_operator().call(gate, up, approximate);
 }
 
 TensorPair geglu_backward(
@@ -23,8 +31,7 @@ TensorPair geglu_backward(
 }
 
 at::Tensor geglu_packed(const at::Tensor& gate_up, std::string_view approximate) {
-  static const auto op = find_operator("liger::geglu_packed", geglu_packed);
-  return op.call(gate_up, approximate);
+  return geglu_packed_operator().call(gate_up, approximate);
 }
 
 at::Tensor geglu_packed_backward(
@@ -87,76 +94,43 @@ at::Tensor geglu_packed_backward_meta(
   return empty_glu_packed_gradient(gate_up);
 }
 
-namespace {
+variable_list GegluBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
+    const at::Tensor& up, const std::string& approximate) {
+  auto [dgate, dup] = geglu_backward(grads[0], gate, up, approximate);
+  return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
+}
 
-// d gate = dout * up * gelu'(gate),  d up = dout * gelu(gate).
-struct GegluBackward final : RebuildableNode<GegluBackward> {
-  static constexpr size_t kInputs = 2;
+at::Tensor GegluBackward::rebuild() { return geglu(gate.unpack(), up.unpack(), approximate); }
 
-  SavedVariable gate, up;
-  std::string approximate;
+variable_list GegluPackedBackward::backward(const variable_list& grads, Wanted /*wanted*/,
+    const at::Tensor& gate_up, const std::string& approximate) {
+  return {geglu_packed_backward(grads[0], gate_up, approximate)};
+}
 
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.gate, self.up, self.approximate);
-  }
+at::Tensor GegluPackedBackward::rebuild() { return geglu_packed(gate_up.unpack(), approximate); }
 
-  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
-      const at::Tensor& up, const std::string& approximate) {
-    auto [dgate, dup] = geglu_backward(grads[0], gate, up, approximate);
-    return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
-  }
-
-  at::Tensor rebuild() override { return geglu(gate.unpack(), up.unpack(), approximate); }
-};
-
-struct GegluPackedBackward final : RebuildableNode<GegluPackedBackward> {
-  static constexpr size_t kInputs = 1;
-
-  SavedVariable gate_up;
-  std::string approximate;
-
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.gate_up, self.approximate);
-  }
-
-  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up,
-      const std::string& approximate) {
-    return {geglu_packed_backward(grads[0], gate_up, approximate)};
-  }
-
-  at::Tensor rebuild() override { return geglu_packed(gate_up.unpack(), approximate); }
-};
-
-}  // namespace
-
-at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
-  auto node = make_node<GegluBackward>("geglu", gate, up);
-  auto out = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return geglu(gate, up, approximate);
-  }();
+at::Tensor geglu_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
+  const auto node = make_node<GegluBackward>("geglu", gate, up);
+  auto out = redispatch_below_autograd(geglu_operator(), keys, gate, up, approximate);
   if (node) {
-    node->gate = SavedVariable(gate, false);
-    node->up = SavedVariable(up, false);
+    node->gate = SavedVariable(gate, /*is_output=*/false);
+    node->up = SavedVariable(up, /*is_output=*/false);
     node->approximate = approximate;
-    set_history(out, node);
+    torch::autograd::set_history(out, node);
     node->watch(out);
   }
   return out;
 }
 
-at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate) {
-  auto node = make_node<GegluPackedBackward>("geglu_packed", gate_up);
-  auto out = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return geglu_packed(gate_up, approximate);
-  }();
+at::Tensor geglu_packed_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate_up, std::string_view approximate) {
+  const auto node = make_node<GegluPackedBackward>("geglu_packed", gate_up);
+  auto out = redispatch_below_autograd(geglu_packed_operator(), keys, gate_up, approximate);
   if (node) {
-    node->gate_up = SavedVariable(gate_up, false);
+    node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
     node->approximate = approximate;
-    set_history(out, node);
+    torch::autograd::set_history(out, node);
     node->watch(out);
   }
   return out;

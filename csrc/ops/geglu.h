@@ -52,7 +52,9 @@ TensorPair geglu_backward_meta(
 at::Tensor geglu_packed_meta(const at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_packed_backward_meta(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
-at::Tensor geglu_autograd(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
-at::Tensor geglu_packed_autograd(const at::Tensor& gate_up, std::string_view approximate);
+at::Tensor geglu_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
+at::Tensor geglu_packed_autograd(
+    c10::DispatchKeySet keys, const at::Tensor& gate_up, std::string_view approximate);
 
 }  // namespace liger

@@ -4,16 +4,20 @@
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
-#include "ops/rebuildable.h"
+#include "ops/layer_norm_node.h"
 
 namespace liger {
 
-using torch::autograd::set_history;
+namespace {
+const auto& layer_norm_operator() {
+  static const auto op = find_operator("liger::layer_norm", layer_norm);
+  return op;
+}
+}  // namespace
 
 TensorTriple layer_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps) {
-  static const auto op = find_operator("liger::layer_norm", layer_norm);
-  return op.call(x, weight, bias, eps);
+  return layer_norm_operator().call(x, weight, bias, eps);
 }
 
 TensorTriple layer_norm_backward(const at::Tensor& dy, const at::Tensor& x,
@@ -97,57 +101,35 @@ TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
       need_dbias ? at::empty_symint({x.sym_size(-1)}, x.options().dtype(bias_dtype)) : nothing()};
 }
 
-namespace {
+variable_list LayerNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
+    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype) {
+  auto [dx, dweight, dbias] = layer_norm_backward(
+      grads[0], x, optional_tensor(weight), mean, rstd, bias_dtype, wanted[0], wanted[1], wanted[2]);
+  return {
+      wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(), wanted[2] ? dbias : at::Tensor()};
+}
 
-struct LayerNormBackward final : RebuildableNode<LayerNormBackward> {
-  static constexpr size_t kInputs = 3;
+at::Tensor LayerNormBackward::rebuild() {
+  return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
+}
 
-  SavedVariable x, weight, mean, rstd;
-  at::ScalarType bias_dtype = at::kFloat;
-  SavedVariable bias;  // this and eps for rebuild() alone
-  double eps = 0;
-
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.x, self.weight, self.mean, self.rstd, self.bias_dtype);
-  }
-
-  // With m = dy * weight:  d x = rstd * (m - mean(m) - n * mean(m * n));  d weight and d bias are the sums
-  // over rows of dy * n and dy.
-  static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
-      const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype) {
-    auto [dx, dweight, dbias] = layer_norm_backward(
-        grads[0], x, optional_tensor(weight), mean, rstd, bias_dtype, wanted[0], wanted[1], wanted[2]);
-    return {
-        wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(), wanted[2] ? dbias : at::Tensor()};
-  }
-
-  at::Tensor rebuild() override {
-    return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
-  }
-};
-
-}  // namespace
-
-TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, double eps) {
-  auto node = make_node<LayerNormBackward>("layer_norm", x, weight, bias);
-  auto [y, mean, rstd] = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer_norm(x, weight, bias, eps);
-  }();
+TensorTriple layer_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps) {
+  const auto node = make_node<LayerNormBackward>("layer_norm", x, weight, bias);
+  auto result = redispatch_below_autograd(layer_norm_operator(), keys, x, weight, bias, eps);
   if (node) {
-    node->x = SavedVariable(x, false);
-    node->weight = SavedVariable(weight, false);
-    node->bias = SavedVariable(bias, false);
-    node->mean = SavedVariable(mean, false);
-    node->rstd = SavedVariable(rstd, false);
-    node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+    const auto& [y, mean, rstd] = result;
+    node->x = SavedVariable(x, /*is_output=*/false);
+    node->weight = SavedVariable(weight, /*is_output=*/false);
+    node->mean = SavedVariable(mean, /*is_output=*/false);
+    node->rstd = SavedVariable(rstd, /*is_output=*/false);
+    node->bias = SavedVariable(bias, /*is_output=*/false);
     node->eps = eps;
-    set_history(y, node);
+    node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
+    torch::autograd::set_history(y, node);
     node->watch(y);
   }
-  return {y, mean, rstd};
+  return result;
 }
 
 }  // namespace liger

@@ -60,7 +60,7 @@ TensorTriple layer_norm_meta(const at::Tensor& x, const std::optional<at::Tensor
 TensorTriple layer_norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, const at::Tensor& mean, const at::Tensor& rstd,
     at::ScalarType bias_dtype, bool need_dx, bool need_dweight, bool need_dbias);
-TensorTriple layer_norm_autograd(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, double eps);
+TensorTriple layer_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps);
 
 }  // namespace liger

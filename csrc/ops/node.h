@@ -1,7 +1,7 @@
 #pragma once
 
-// The operators' autograd nodes, in the form that PyTorch's own operators have: members instead of the lists and
-// dictionaries of torch::autograd::Function, which take longer than the operator itself.
+// The operators' autograd nodes, in the form that PyTorch's own operators have: members instead of the lists
+// and dictionaries of torch::autograd::Function, which take longer than the operator itself.
 //
 // A node derives from BackwardNode, lists its members, and computes gradients from their plain values (a
 // SavedVariable's is a tensor, undefined where there was none):
@@ -151,8 +151,8 @@ struct BackwardNode : Base {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(this->mutex_);
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
-    // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are there to
-    // say that this is not implemented, can be left out.
+    // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are
+    // there to say that this is not implemented, can be left out.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!at::GradMode::is_enabled() && !any_tangent(grads)) below_autograd.emplace();
     return std::apply(
@@ -184,17 +184,22 @@ struct BackwardNode : Base {
     torch::dynamo::autograd::PackedArgs args(values);
     const Wanted wanted(args.unpack<int64_t>());
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
-    return std::apply(
-        [&](const auto&... value) { return Derived::backward(grads, wanted, value...); },
+    return std::apply([&](const auto&... value) { return Derived::backward(grads, wanted, value...); },
         Values::unpack(args));
   }
 };
 
+// Refuses tensors with tangents (forward-mode differentiation), whose derivative would be lost.
+template <typename... Inputs>
+void check_no_tangent(const char* op, const Inputs&... inputs) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(detail::has_tangent(inputs) || ...), "liger::", op,
+      ": forward-mode differentiation is not implemented; use reverse mode (torch.autograd.grad)");
+}
+
 // A node that leads to the inputs, or null when none of them wants a gradient.
 template <typename Node, typename... Inputs>
 std::shared_ptr<Node> make_node(const char* op, const Inputs&... inputs) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(detail::has_tangent(inputs) || ...), "liger::", op,
-      ": forward-mode differentiation is not implemented; use reverse mode (torch.autograd.grad)");
+  check_no_tangent(op, inputs...);
   if (!torch::autograd::compute_requires_grad(inputs...)) return nullptr;
   static_assert(sizeof...(Inputs) == Node::kInputs);
   std::shared_ptr<Node> node(new Node(), torch::autograd::deleteNode);

@@ -1,20 +1,29 @@
 #include "ops/rope.h"
 
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/node.h"
 
 namespace liger {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+
+namespace {
+const auto& rope_operator() {
+  static const auto op = find_operator("liger::rope", rope);
+  return op;
+}
+const auto& mrope_operator() {
+  static const auto op = find_operator("liger::mrope", mrope);
+  return op;
+}
+}  // namespace
 
 TensorPair rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  static const auto op = find_operator("liger::rope", rope);
-  return op.call(q, k, cos, sin, interleaved);
+  return rope_operator().call(q, k, cos, sin, interleaved);
 }
 
 TensorPair rope_backward(
@@ -25,8 +34,7 @@ TensorPair rope_backward(
 
 TensorPair mrope(
     const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, at::IntArrayRef mrope_section) {
-  static const auto op = find_operator("liger::mrope", mrope);
-  return op.call(q, k, cos, sin, mrope_section);
+  return mrope_operator().call(q, k, cos, sin, mrope_section);
 }
 
 TensorPair mrope_backward(
@@ -152,16 +160,6 @@ namespace {
 
 // The pair layout of rope (a bool) or the sections of mrope (a vector), which their operators take last.
 template <typename Option>
-TensorPair forward_of(
-    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, const Option& option) {
-  if constexpr (std::is_same_v<Option, bool>) {
-    return rope(q, k, cos, sin, option);
-  } else {
-    return mrope(q, k, cos, sin, option);
-  }
-}
-
-template <typename Option>
 TensorPair backward_of(
     const Tensor& dq, const Tensor& dk, const Tensor& cos, const Tensor& sin, const Option& option) {
   if constexpr (std::is_same_v<Option, bool>) {
@@ -171,52 +169,73 @@ TensorPair backward_of(
   }
 }
 
-template <typename Option>
-class RotationFunction : public torch::autograd::Function<RotationFunction<Option>> {
- public:
-  static constexpr bool is_traceable = true;
+// The node of both operators.
+template <typename Derived, typename Option>
+struct RotationBackward : BackwardNode<Derived> {
+  static constexpr size_t kInputs = 2;  // q, k
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& cos,
-      const Tensor& sin, const Option& option) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [q_out, k_out] = forward_of(q, k, cos, sin, option);
-    ctx->save_for_backward({cos, sin});
-    ctx->saved_data["option"] = option;
-    return {q_out, k_out};
+  SavedVariable cos, sin;
+  c10::SymInt q_heads, k_heads;
+  Option option{};
+
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.cos, self.sin, self.q_heads, self.k_heads, self.option);
   }
 
-  // A rotation is undone by its transpose. Gradients that nobody sent arrive as zeros: q and k share a
-  // kernel.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto option = ctx->saved_data["option"].template to<Option>();
-    auto [dq, dk] = backward_of(grads[0], grads[1], saved[0], saved[1], option);
-    variable_list result(5);
-    if (ctx->needs_input_grad(0)) result[0] = dq;
-    if (ctx->needs_input_grad(1)) result[1] = dk;
-    return result;
+  // A rotation is undone by its transpose. A gradient that nobody sent is zeros: q and k share a kernel.
+  static variable_list backward(const variable_list& grads, Wanted wanted, const Tensor& cos,
+      const Tensor& sin, const c10::SymInt& q_heads, const c10::SymInt& k_heads, const Option& option) {
+    const auto or_zeros = [](const Tensor& grad, const Tensor& other, const c10::SymInt& heads) {
+      if (grad.defined()) return grad;
+      c10::SymDimVector shape(other.sym_sizes());
+      shape[1] = heads;
+      return at::zeros_symint(shape, other.options());
+    };
+    auto [dq, dk] = backward_of(
+        or_zeros(grads[0], grads[1], q_heads), or_zeros(grads[1], grads[0], k_heads), cos, sin, option);
+    return {wanted[0] ? dq : Tensor(), wanted[1] ? dk : Tensor()};
   }
 };
 
-template <typename Option>
-TensorPair differentiable(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
-    const Tensor& sin, const Option& option) {
+struct RopeBackward : RotationBackward<RopeBackward, bool> {};
+struct MropeBackward : RotationBackward<MropeBackward, std::vector<int64_t>> {};
+
+template <typename Node, typename Handle, typename Option>
+TensorPair differentiable(const char* op, const Handle& handle, c10::DispatchKeySet keys, const Tensor& q,
+    const Tensor& k, const Tensor& cos, const Tensor& sin, const Option& option) {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !(cos.requires_grad() || sin.requires_grad()),
       "liger::", op, ": gradients with respect to cos and sin are not implemented; detach() them");
-  auto out = RotationFunction<Option>::apply(q, k, cos, sin, option);
-  return {out[0], out[1]};
+  check_no_tangent(op, cos, sin);
+  const auto node = make_node<Node>(op, q, k);
+  auto result = redispatch_below_autograd(handle, keys, q, k, cos, sin, option);
+  if (node) {
+    node->cos = SavedVariable(cos, /*is_output=*/false);
+    node->sin = SavedVariable(sin, /*is_output=*/false);
+    node->q_heads = q.sym_size(1);
+    node->k_heads = k.sym_size(1);
+    if constexpr (std::is_same_v<Option, bool>) {
+      node->option = option;
+    } else {
+      node->option = option.vec();
+    }
+    const auto& [q_out, k_out] = result;
+    torch::autograd::set_history(q_out, node);
+    torch::autograd::set_history(k_out, node);
+  }
+  return result;
 }
 
 }  // namespace
 
-TensorPair rope_autograd(
-    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  return differentiable("rope", q, k, cos, sin, interleaved);
+TensorPair rope_autograd(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k, const Tensor& cos,
+    const Tensor& sin, bool interleaved) {
+  return differentiable<RopeBackward>("rope", rope_operator(), keys, q, k, cos, sin, interleaved);
 }
 
-TensorPair mrope_autograd(
-    const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, at::IntArrayRef mrope_section) {
-  return differentiable("mrope", q, k, cos, sin, mrope_section.vec());
+TensorPair mrope_autograd(c10::DispatchKeySet keys, const Tensor& q, const Tensor& k, const Tensor& cos,
+    const Tensor& sin, at::IntArrayRef mrope_section) {
+  return differentiable<MropeBackward>("mrope", mrope_operator(), keys, q, k, cos, sin, mrope_section);
 }
 
 }  // namespace liger

@@ -74,8 +74,8 @@ TensorPair rope_meta(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin, bool interleaved);
 TensorPair rope_backward_meta(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos,
     const at::Tensor& sin, bool interleaved);
-TensorPair rope_autograd(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin, bool interleaved);
+TensorPair rope_autograd(c10::DispatchKeySet keys, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& cos, const at::Tensor& sin, bool interleaved);
 
 TensorPair mrope_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin,
     at::IntArrayRef mrope_section);
@@ -89,7 +89,7 @@ TensorPair mrope_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor
     at::IntArrayRef mrope_section);
 TensorPair mrope_backward_meta(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& cos,
     const at::Tensor& sin, at::IntArrayRef mrope_section);
-TensorPair mrope_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
-    const at::Tensor& sin, at::IntArrayRef mrope_section);
+TensorPair mrope_autograd(c10::DispatchKeySet keys, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& cos, const at::Tensor& sin, at::IntArrayRef mrope_section);
 
 }  // namespace liger

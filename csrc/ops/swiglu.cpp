@@ -1,26 +1,29 @@
 #include "ops/swiglu.h"
 
 #include "ops/dispatch.h"
-#include "ops/rebuildable.h"
+#include "ops/swiglu_node.h"
 
 namespace liger {
 
-using torch::autograd::set_history;
-
-at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
+namespace {
+const auto& swiglu_operator() {
   static const auto op = find_operator("liger::swiglu", swiglu);
-  return op.call(gate, up);
+  return op;
 }
+const auto& swiglu_packed_operator() {
+  static const auto op = find_operator("liger::swiglu_packed", swiglu_packed);
+  return op;
+}
+}  // namespace
+
+at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) { return swiglu_operator().call(gate, up); }
 
 TensorPair swiglu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
   static const auto op = find_operator("liger::swiglu_backward", swiglu_backward);
   return op.call(dout, gate, up);
 }
 
-at::Tensor swiglu_packed(const at::Tensor& gate_up) {
-  static const auto op = find_operator("liger::swiglu_packed", swiglu_packed);
-  return op.call(gate_up);
-}
+at::Tensor swiglu_packed(const at::Tensor& gate_up) { return swiglu_packed_operator().call(gate_up); }
 
 at::Tensor swiglu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up) {
   static const auto op = find_operator("liger::swiglu_packed_backward", swiglu_packed_backward);
@@ -59,71 +62,39 @@ at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor&
   return empty_glu_packed_gradient(gate_up);
 }
 
-namespace {
+variable_list SwigluBackward::backward(
+    const variable_list& grads, Wanted wanted, const at::Tensor& gate, const at::Tensor& up) {
+  auto [dgate, dup] = swiglu_backward(grads[0], gate, up);
+  return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
+}
 
-// With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
-struct SwigluBackward final : RebuildableNode<SwigluBackward> {
-  static constexpr size_t kInputs = 2;
+at::Tensor SwigluBackward::rebuild() { return swiglu(gate.unpack(), up.unpack()); }
 
-  SavedVariable gate, up;
+variable_list SwigluPackedBackward::backward(
+    const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up) {
+  return {swiglu_packed_backward(grads[0], gate_up)};
+}
 
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.gate, self.up);
-  }
+at::Tensor SwigluPackedBackward::rebuild() { return swiglu_packed(gate_up.unpack()); }
 
-  static variable_list backward(
-      const variable_list& grads, Wanted wanted, const at::Tensor& gate, const at::Tensor& up) {
-    auto [dgate, dup] = swiglu_backward(grads[0], gate, up);
-    return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
-  }
-
-  at::Tensor rebuild() override { return swiglu(gate.unpack(), up.unpack()); }
-};
-
-struct SwigluPackedBackward final : RebuildableNode<SwigluPackedBackward> {
-  static constexpr size_t kInputs = 1;
-
-  SavedVariable gate_up;
-
-  template <typename Self>
-  static auto members(Self& self) {
-    return std::tie(self.gate_up);
-  }
-
-  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up) {
-    return {swiglu_packed_backward(grads[0], gate_up)};
-  }
-
-  at::Tensor rebuild() override { return swiglu_packed(gate_up.unpack()); }
-};
-
-}  // namespace
-
-at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up) {
-  auto node = make_node<SwigluBackward>("swiglu", gate, up);
-  auto out = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return swiglu(gate, up);
-  }();
+at::Tensor swiglu_autograd(c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up) {
+  const auto node = make_node<SwigluBackward>("swiglu", gate, up);
+  auto out = redispatch_below_autograd(swiglu_operator(), keys, gate, up);
   if (node) {
-    node->gate = SavedVariable(gate, false);
-    node->up = SavedVariable(up, false);
-    set_history(out, node);
+    node->gate = SavedVariable(gate, /*is_output=*/false);
+    node->up = SavedVariable(up, /*is_output=*/false);
+    torch::autograd::set_history(out, node);
     node->watch(out);
   }
   return out;
 }
 
-at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up) {
-  auto node = make_node<SwigluPackedBackward>("swiglu_packed", gate_up);
-  auto out = [&] {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return swiglu_packed(gate_up);
-  }();
+at::Tensor swiglu_packed_autograd(c10::DispatchKeySet keys, const at::Tensor& gate_up) {
+  const auto node = make_node<SwigluPackedBackward>("swiglu_packed", gate_up);
+  auto out = redispatch_below_autograd(swiglu_packed_operator(), keys, gate_up);
   if (node) {
-    node->gate_up = SavedVariable(gate_up, false);
-    set_history(out, node);
+    node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
+    torch::autograd::set_history(out, node);
     node->watch(out);
   }
   return out;

@@ -32,7 +32,7 @@ at::Tensor swiglu_meta(const at::Tensor& gate, const at::Tensor& up);
 TensorPair swiglu_backward_meta(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
 at::Tensor swiglu_packed_meta(const at::Tensor& gate_up);
 at::Tensor swiglu_packed_backward_meta(const at::Tensor& dout, const at::Tensor& gate_up);
-at::Tensor swiglu_autograd(const at::Tensor& gate, const at::Tensor& up);
-at::Tensor swiglu_packed_autograd(const at::Tensor& gate_up);
+at::Tensor swiglu_autograd(c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up);
+at::Tensor swiglu_packed_autograd(c10::DispatchKeySet keys, const at::Tensor& gate_up);
 
 }  // namespace liger
