@@ -43,8 +43,8 @@ What holds for all of them:
 - Arguments are checked before anything runs, by one function for all devices. `TypeError` for a dtype,
   `ValueError` for a shape, a device or an option, `NotImplementedError` for a derivative that does not exist.
   Running out of memory raises `torch.OutOfMemoryError` and leaves the process usable.
-- The backward operators have no derivative: a second derivative raises, and so do the transforms of
-  `torch.func` that differentiate.
+- The backward operators have no derivative: a second derivative raises. Of `torch.func`, the transforms of reverse
+  mode work (`grad`, `vjp`, `jacrev`), and those of forward mode raise.
 - Under autocast, operators keep the dtypes they are given, except for the products of fused linear cross
   entropy.
 """

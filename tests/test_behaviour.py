@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -252,10 +254,119 @@ def test_deterministic_algorithms(device):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
-def test_function_transforms_are_refused(device, transform):
+def rms_norm_in_pytorch(x, weight):
+    return F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(lambda x, w: f(x, w).sin().sum(), argnums=(0, 1)),
+        lambda f: torch.func.jacrev(f, argnums=(0, 1)),
+        lambda f: torch.func.vmap(torch.func.grad(lambda x, w: f(x, w).sin().sum()), in_dims=(0, None)),
+    ],
+    ids=["grad", "jacrev", "vmap of grad"],
+)
+def test_function_transforms(device, transform):
+    """The transforms of reverse mode, as on PyTorch's own operators."""
+    x = torch.randn(4, 8, device=device, dtype=torch.float64)
+    weight = torch.randn(8, device=device, dtype=torch.float64)
+    torch.testing.assert_close(
+        transform(LF.rms_norm)(x, weight), transform(rms_norm_in_pytorch)(x, weight), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_second_derivatives_by_transforms_are_refused(device):
     x = torch.randn(4, 8, device=device)
-    with pytest.raises(RuntimeError, match="cannot use C\\+\\+ torch::autograd::Function with functorch"):
+    first = torch.func.grad(lambda x: LF.swiglu(x, x).sum())
+    with pytest.raises(RuntimeError, match="derivative for liger::swiglu_backward is not implemented"):
+        torch.func.grad(lambda x: first(x).sum())(x)
+
+
+def test_inplace_changes_of_saved_tensors_are_found(device):
+    x, weight = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(8, device=device)
+    for change_input in (True, False):
+        hidden = x * 1
+        y, total = LF.add_rms_norm(hidden, hidden, weight)
+        out = LF.rms_norm(hidden, weight)
+        (hidden if change_input else total).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (out if change_input else y).sum().backward()
+
+
+def test_nodes_are_freed(device):
+    """A result that its own node saves must not keep the node alive."""
+    x = torch.randn(4, 8, device=device, requires_grad=True)
+    gc.disable()
+    try:
+        for function in (LF.rms_norm, lambda x: LF.add_rms_norm(x, x)[1], LF.layer_norm):
+            saved = torch.randn(4, 8, device=device)
+            alive = weakref.ref(saved)
+            hidden = x * saved
+            del saved
+            out = function(hidden)
+            assert alive() is not None
+            del out, hidden
+            assert alive() is None
+    finally:
+        gc.enable()
+
+
+def losses():
+    """Every differentiable operator: name, function of its differentiable arguments, and their shapes."""
+    angles = torch.randn(1, TOKENS, 8), torch.randn(1, TOKENS, 8)
+    planes = torch.randn(3, 1, TOKENS, 8), torch.randn(3, 1, TOKENS, 8)
+    target = torch.randint(CLASSES, (TOKENS,))
+    row, heads, key_heads = (TOKENS, HIDDEN), (1, 4, TOKENS, 8), (1, 2, TOKENS, 8)
+    head = (CLASSES, HIDDEN)
+    return {
+        "rms_norm": (LF.rms_norm, (row, (HIDDEN,))),
+        "rms_norm without weight": (lambda x: LF.rms_norm(x, casting_mode="gemma"), (row,)),
+        "add_rms_norm": (LF.add_rms_norm, (row, row, (HIDDEN,))),
+        "add_rms_norm, sum alone": (lambda x, r: LF.add_rms_norm(x, r)[1], (row, row)),
+        "layer_norm": (LF.layer_norm, (row, (HIDDEN,), (HIDDEN,))),
+        "layer_norm, bias alone": (lambda x, b: LF.layer_norm(x, None, b), (row, (HIDDEN,))),
+        "rope": (lambda q, k: LF.rope(q, k, *angles), (heads, key_heads)),
+        "rope, q alone": (lambda q, k: LF.rope(q, k, *angles, True)[0], (heads, key_heads)),
+        "mrope, k alone": (lambda q, k: LF.mrope(q, k, *planes, [1, 1, 2])[1], (heads, key_heads)),
+        "swiglu": (LF.swiglu, (row, row)),
+        "swiglu_packed": (LF.swiglu_packed, (row,)),
+        "geglu": (lambda gate, up: LF.geglu(gate, up, "none"), (row, row)),
+        "geglu_packed": (LF.geglu_packed, (row,)),
+        "cross_entropy": (lambda x: LF.cross_entropy(x, target, softcap=5.0), ((TOKENS, CLASSES),)),
+        "fused_linear_cross_entropy": (lambda x, w: LF.fused_linear_cross_entropy(x, w, target), (row, head)),
+        "fused_linear_cross_entropy, none": (
+            lambda x, w: LF.fused_linear_cross_entropy(x, w, target, reduction="none"),
+            (row, head),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", losses())
+def test_compiled_autograd(name):
+    function, shapes = losses()[name]
+    arguments = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def gradients():
+        for argument in arguments:
+            argument.grad = None
+        outputs = function(*arguments)
+        sum(o.tanh().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
+        return [argument.grad for argument in arguments]
+
+    expected = gradients()
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        assert_same(gradients(), expected, rtol=0, atol=0)
+        assert_same(gradients(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.hessian])
+def test_forward_mode_transforms_are_refused(device, transform):
+    x = torch.randn(4, 8, device=device)
+    with pytest.raises(RuntimeError, match="forward-mode differentiation is not implemented"):
         transform(lambda x: LF.swiglu(x, x).sum())(x)
 
 
@@ -263,7 +374,7 @@ def test_forward_mode_is_refused(device):
     x = torch.randn(4, 8, device=device)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is not implemented"):
             LF.swiglu(dual, dual)
 
 

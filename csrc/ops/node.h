@@ -19,6 +19,7 @@
 // backward is called with at least one defined gradient, and returns one for each of the kInputs tensors that
 // make_node got.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function.h>
@@ -151,15 +152,19 @@ struct BackwardNode : Base {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(this->mutex_);
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
+    // Before the guard: the hooks of saved tensors may run anything, such as the forward pass of a
+    // checkpoint.
+    const auto values = std::apply(
+        [&](const auto&... member) {
+          return std::tuple<detail::Plain<decltype(member)>...>{detail::plain(member, this->getptr())...};
+        },
+        Derived::members(self()));
     // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are
     // there to say that this is not implemented, can be left out.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
     if (!at::GradMode::is_enabled() && !any_tangent(grads)) below_autograd.emplace();
     return std::apply(
-        [&](const auto&... member) {
-          return Derived::backward(grads, wanted(), detail::plain(member, this->getptr())...);
-        },
-        Derived::members(self()));
+        [&](const auto&... value) { return Derived::backward(grads, wanted(), value...); }, values);
   }
 
  private:
