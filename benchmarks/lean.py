@@ -5,6 +5,7 @@ that drifting clocks hit both alike.
 
     python -m benchmarks.lean                 12 layers of LLaMA 3.1 8B, 2 x 4096 tokens, bfloat16: a minute
     python -m benchmarks.lean --device cpu    a small model, to see it work
+    python -m benchmarks.lean --host          host time alone: seconds
 """
 
 from __future__ import annotations
@@ -164,7 +165,14 @@ def print_results(a: argparse.Namespace, rows: list[dict], host: dict[str, float
             f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-",
         )
     report.out.print(table)
-    report.out.print(f"host time per layer, forward and backward: {host['added_us']:.0f} µs more")
+    print_host(host)
+
+
+def print_host(host: dict[str, float]) -> None:
+    report.out.print(
+        f"host time per layer, forward and backward: {host['plain_us']:.0f} µs plain, "
+        f"{host['lean_us']:.0f} µs lean, {host['added_us']:.0f} µs more"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -174,6 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--host", action="store_true", help="measure host time alone, and record nothing")
     parser.add_argument("--shape", choices=SHAPES, help="cpu: llama-h512, cuda: llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="cpu: 4, cuda: 12")
     parser.add_argument("--batch", type=int, default=2)
@@ -204,6 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
     torch.set_num_threads(a.threads)
     device = torch.device(a.device)
+    if a.host:
+        print_host(measure_host(device))
+        return 0
     document = {"environment": report.environment(device, a.commit)}
     sizes = ("shape", "layers", "batch", "length", "dtype", "steps", "rounds", "seed")
     document["sizes"] = {name: getattr(a, name) for name in sizes}

@@ -1,6 +1,7 @@
 """Lean activations in layers of one's own, made of the modules of ``liger_ops.nn``."""
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,234 @@ def test_where_a_gradient_stops_nothing_is_computed_again(device):
         out.sum().backward()
         lean_activations(layer)
     assert kept[0] == kept[1]
+
+
+def gradients(layer, x):
+    return torch.autograd.grad(layer(x * 1).square().sum(), [x, *layer.parameters()])
+
+
+def equal(actual, expected):
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+class Written(nn.Module):
+    """Writes to the result of its norm after a product has saved it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.projection = LigerRMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        y = self.norm(x)
+        out = self.projection(y)
+        with torch.no_grad():
+            y.mul_(2)
+        return out
+
+
+def test_result_written_to_after_it_was_saved(device):
+    """It is not dropped, so that autograd says what is wrong, as it does without."""
+    layer = Written().to(device)
+    lean_activations(layer)
+    x = torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(layer, x)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_result_written_to_when_nobody_looks(write, device):
+    """After the layer only the shape is left of it, and what backward computes is what the product took."""
+    layer = nn.Sequential(LigerRMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)).to(device)
+    x = torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True)
+    expected = gradients(layer, x)
+    lean_activations(layer)
+    results = []
+    layer[0].register_forward_hook(lambda module, args, y: results.append(y.detach()))
+    out = layer(x * 1)
+    if write:
+        results[0].zero_()
+    assert equal(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]), expected)
+
+
+def test_what_is_computed_again_is_nobody_elses_memory(device):
+    layer = nn.Sequential(LigerRMSNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)).to(device)
+    lean_activations(layer)
+    x = torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True)
+    expected = gradients(layer, x)
+    results = []
+    layer[0].register_forward_hook(lambda module, args, y: results.append(y))
+    out = layer(x * 1)
+    first, second = out.grad_fn._saved_mat1, out.grad_fn._saved_mat1
+    assert torch.equal(first, results[0])
+    assert len({tensor.data_ptr() for tensor in (first, second, results[0])}) == 3
+    with torch.no_grad():
+        first.zero_()
+    assert equal(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]), expected)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+class Elementwise(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.function = LigerRMSNorm(HIDDEN), function
+
+    def forward(self, x):
+        return self.function(self.norm(x))
+
+
+USERS = {
+    "function": Square.apply,
+    "function of a copy": lambda y: Square.apply(y.view(-1).double()),
+    "product": lambda y: y * y.tanh(),
+    "batched product": lambda y: y[None] @ y[None].mT,
+    "product with a vector": lambda y: y @ y[0],
+    "attention": lambda y: nn.functional.scaled_dot_product_attention(*3 * (y.view(1, 1, TOKENS, HIDDEN),)),
+    "convolution": lambda y: nn.functional.conv1d(
+        y[None], torch.ones(1, TOKENS, 3, device=y.device, requires_grad=True)
+    ),
+    "checkpoint": lambda y: checkpoint(torch.tanh, y, use_reentrant=False),
+    "reentrant checkpoint": lambda y: checkpoint(torch.tanh, y, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_who_saves_a_result(user, device):
+    layer = Elementwise(USERS[user]).to(device)
+    x = torch.randn(TOKENS, HIDDEN, device=device)
+    kept, expected = run(layer, x)
+    lean_activations(layer)
+    less, actual = run(layer, x)
+    assert equal(actual, expected)
+    # This checkpoint keeps its input beside the graph.
+    assert kept - less == (0 if user == "checkpoint" else HIDDEN * TOKENS * (8 if "copy" in user else 4))
+
+
+def test_who_is_not_known_keeps_it(device):
+    layer = Elementwise(torch.sin).to(device)
+    x = torch.randn(TOKENS, HIDDEN, device=device)
+    kept, expected = run(layer, x)
+    lean_activations(layer)
+    less, actual = run(layer, x)
+    assert equal(actual, expected)
+    assert kept == less
+
+
+def test_only_the_lean_layer(device):
+    """What other layers have made before is theirs, also where it is part of the graph."""
+    plain, lean = (Layer(LigerRMSNorm(HIDDEN), LigerSwiGLUMLP(CONFIG)).to(device) for _ in range(2))
+    both = nn.Sequential(plain, lean)
+    x = torch.randn(TOKENS, HIDDEN, device=device)
+    kept, expected = run(both, x)
+    undo = lean_activations(lean)
+    less, actual = run(both, x)
+    assert equal(actual, expected)
+    assert kept - less == (2 * HIDDEN + INTERMEDIATE) * TOKENS * 4
+    lean_activations(both)
+    undo()
+    least, actual = run(both, x)
+    assert equal(actual, expected)
+    assert kept - least == 2 * (kept - less)
+    # Lean layers in a lean layer.
+    lean_activations(lean)
+    lean_activations(plain)
+    assert run(both, x)[0] == least
+
+
+def test_backward_of_a_part_after_that_of_the_rest(device):
+    """A product whose backward comes after that of the norm, without retain_graph."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = LigerRMSNorm(HIDDEN)
+            self.first, self.second = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.first(y), self.second(y)
+
+    layer = Two().to(device)
+    x = torch.randn(TOKENS, HIDDEN, device=device)
+    results = []
+    for _ in range(2):
+        layer.zero_grad()
+        first, second = layer(x)
+        first.square().sum().backward()
+        results.append(torch.autograd.grad(second.square().sum(), [layer.second.weight]))
+        results[-1] += tuple(p.grad for p in (layer.norm.weight, layer.first.weight))
+        lean_activations(layer)
+    assert equal(*results)
+
+
+def test_compiled_autograd(device):
+    """It asks for all that was saved before its graph begins."""
+    layer = Layer(LigerLayerNorm(HIDDEN), LigerSwiGLUMLP(CONFIG)).to(device)
+    x = torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True)
+    expected = gradients(layer, x)
+    lean_activations(layer)
+    torch.compiler.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        layer(x * 1).square().sum().backward()
+    for gradient, wanted in zip([x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_threads(device):
+    layer = Layer(LigerRMSNorm(HIDDEN), LigerSwiGLUMLP(CONFIG)).to(device)
+    inputs = [torch.randn(TOKENS, HIDDEN, device=device, requires_grad=True) for _ in range(4)]
+    expected = [gradients(layer, x) for x in inputs]
+    lean_activations(layer)
+    results = {}
+
+    def work(i):
+        results[i] = [gradients(layer, inputs[i]) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == len(inputs)
+    assert all(equal(actual, expected[i]) for i, all_of in results.items() for actual in all_of)
+
+
+@pytest.mark.gpu
+def test_streams():
+    """Each product's backward runs on the stream of its forward, and asks there for the norm's result."""
+
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = LigerRMSNorm(1024)
+            self.products = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(3))
+            self.streams = [torch.cuda.Stream() for _ in self.products]
+
+        def forward(self, x):
+            y, current, results = self.norm(x), torch.cuda.current_stream(), []
+            for stream, product in zip(self.streams, self.products, strict=True):
+                stream.wait_stream(current)
+                with torch.cuda.stream(stream):
+                    results.append(product(y))
+                current.wait_stream(stream)
+            return sum(results)
+
+    layer = Forked().cuda()
+    x = torch.randn(4096, 1024, device="cuda", requires_grad=True)
+    expected = gradients(layer, x)
+    lean_activations(layer)
+    for _ in range(5):
+        assert equal(gradients(layer, x), expected)
 
 
 @pytest.mark.parametrize("mlp", ["swiglu", "geglu", "packed"])

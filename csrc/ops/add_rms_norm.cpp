@@ -6,6 +6,7 @@
 #include "ops/add_rms_norm_node.h"
 #include "ops/checks.h"
 #include "ops/dispatch.h"
+#include "ops/rms_norm.h"
 #include "ops/rms_norm_checks.h"
 
 namespace liger {
@@ -90,6 +91,10 @@ variable_list AddRmsNormBackward::backward(const variable_list& grads, Wanted wa
       wanted[2] ? dweight : at::Tensor()};
 }
 
+at::Tensor AddRmsNormBackward::rebuild() {
+  return std::get<0>(rms_norm(sum.unpack(getptr()), unpack_parameter(weight), eps, offset, casting_mode));
+}
+
 TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& residual,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
   const auto node = make_node<AddRmsNormBackward>("add_rms_norm", x, residual, weight);
@@ -98,6 +103,7 @@ TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x
   if (node) {
     const auto& [y, sum, rstd] = result;
     torch::autograd::set_history(y, node);
+    node->watch(y);
     torch::autograd::set_history(sum, node);
     // After it has its history: saved before, the sum would keep its own node alive.
     node->sum = SavedVariable(sum, /*is_output=*/true);
@@ -105,6 +111,7 @@ TensorTriple add_rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x
     node->rstd = SavedVariable(rstd, /*is_output=*/false);
     node->offset = offset;
     node->casting_mode = casting_mode;
+    node->eps = eps;
   }
   return result;
 }

@@ -100,10 +100,14 @@ variable_list GegluBackward::backward(const variable_list& grads, Wanted wanted,
   return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
 }
 
+at::Tensor GegluBackward::rebuild() { return geglu(gate.unpack(), up.unpack(), approximate); }
+
 variable_list GegluPackedBackward::backward(const variable_list& grads, Wanted /*wanted*/,
     const at::Tensor& gate_up, const std::string& approximate) {
   return {geglu_packed_backward(grads[0], gate_up, approximate)};
 }
+
+at::Tensor GegluPackedBackward::rebuild() { return geglu_packed(gate_up.unpack(), approximate); }
 
 at::Tensor geglu_autograd(
     c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
@@ -114,6 +118,7 @@ at::Tensor geglu_autograd(
     node->up = SavedVariable(up, /*is_output=*/false);
     node->approximate = approximate;
     torch::autograd::set_history(out, node);
+    node->watch(out);
   }
   return out;
 }
@@ -126,6 +131,7 @@ at::Tensor geglu_packed_autograd(
     node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
     node->approximate = approximate;
     torch::autograd::set_history(out, node);
+    node->watch(out);
   }
   return out;
 }

@@ -4,11 +4,11 @@
 
 #include <string>
 
-#include "ops/node.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-struct GegluBackward : BackwardNode<GegluBackward> {
+struct GegluBackward : RebuildableNode<GegluBackward> {
   static constexpr size_t kInputs = 2;  // gate, up
 
   SavedVariable gate, up;
@@ -22,9 +22,10 @@ struct GegluBackward : BackwardNode<GegluBackward> {
   // d gate = dout * up * gelu'(gate),  d up = dout * gelu(gate).
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
       const at::Tensor& up, const std::string& approximate);
+  at::Tensor rebuild() override;
 };
 
-struct GegluPackedBackward : BackwardNode<GegluPackedBackward> {
+struct GegluPackedBackward : RebuildableNode<GegluPackedBackward> {
   static constexpr size_t kInputs = 1;  // gate_up
 
   SavedVariable gate_up;
@@ -37,6 +38,7 @@ struct GegluPackedBackward : BackwardNode<GegluPackedBackward> {
 
   static variable_list backward(
       const variable_list& grads, Wanted wanted, const at::Tensor& gate_up, const std::string& approximate);
+  at::Tensor rebuild() override;
 };
 
 }  // namespace liger

@@ -109,6 +109,10 @@ variable_list LayerNormBackward::backward(const variable_list& grads, Wanted wan
       wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor(), wanted[2] ? dbias : at::Tensor()};
 }
 
+at::Tensor LayerNormBackward::rebuild() {
+  return std::get<0>(layer_norm(x.unpack(), unpack_parameter(weight), unpack_parameter(bias), eps));
+}
+
 TensorTriple layer_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps) {
   const auto node = make_node<LayerNormBackward>("layer_norm", x, weight, bias);
@@ -119,8 +123,11 @@ TensorTriple layer_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
     node->weight = SavedVariable(weight, /*is_output=*/false);
     node->mean = SavedVariable(mean, /*is_output=*/false);
     node->rstd = SavedVariable(rstd, /*is_output=*/false);
+    node->bias = SavedVariable(bias, /*is_output=*/false);
+    node->eps = eps;
     node->bias_dtype = bias ? bias->scalar_type() : x.scalar_type();
     torch::autograd::set_history(y, node);
+    node->watch(y);
   }
   return result;
 }

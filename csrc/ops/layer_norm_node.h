@@ -2,15 +2,17 @@
 
 // The autograd node of layer_norm.
 
-#include "ops/node.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-struct LayerNormBackward : BackwardNode<LayerNormBackward> {
+struct LayerNormBackward : RebuildableNode<LayerNormBackward> {
   static constexpr size_t kInputs = 3;  // x, weight, bias
 
   SavedVariable x, weight, mean, rstd;
   at::ScalarType bias_dtype = at::kFloat;
+  SavedVariable bias;  // this and eps for rebuild() alone
+  double eps = 0;
 
   template <typename Self>
   static auto members(Self& self) {
@@ -21,6 +23,7 @@ struct LayerNormBackward : BackwardNode<LayerNormBackward> {
   // over rows of dy * n and dy.
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
       const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& rstd, at::ScalarType bias_dtype);
+  at::Tensor rebuild() override;
 };
 
 }  // namespace liger

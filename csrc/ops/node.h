@@ -110,10 +110,10 @@ inline bool has_tangent(const std::optional<at::Tensor>& tensor) { return tensor
 
 }  // namespace detail
 
-template <typename Derived>
-struct BackwardNode : torch::autograd::Node {
+template <typename Derived, typename Base = torch::autograd::Node>
+struct BackwardNode : Base {
   void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(this->mutex_);
     std::apply([](auto&... member) { (detail::release(member), ...); }, Derived::members(self()));
   }
 
@@ -133,7 +133,7 @@ struct BackwardNode : torch::autograd::Node {
     args.pack(static_cast<int64_t>(wanted().bits()));
     std::apply(
         [&](auto&... member) {
-          (args.pack<detail::Plain<decltype(member)>>(detail::plain(member, getptr())), ...);
+          (args.pack<detail::Plain<decltype(member)>>(detail::plain(member, this->getptr())), ...);
         },
         members);
     const auto& compiler = compiled::getPyCompilerInterface();
@@ -143,20 +143,20 @@ struct BackwardNode : torch::autograd::Node {
         /*is_traceable=*/true);
     using Metadata = std::vector<std::optional<torch::autograd::InputMetadata>>;
     auto results = compiler->call_function(saved.get_py_compiler(), "apply_functional", function, grads,
-        args.vec(), compiled::IValuePacker<Metadata>::pack(compiled::get_input_metadata(next_edges())));
+        args.vec(), compiled::IValuePacker<Metadata>::pack(compiled::get_input_metadata(this->next_edges())));
     std::apply([&](auto&... member) { (saved.after(member), ...); }, members);
     return results;
   }
 
  protected:
   variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(this->mutex_);
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
     // Before the guard: the hooks of saved tensors may run anything, such as the forward pass of a
     // checkpoint.
     const auto values = std::apply(
         [&](const auto&... member) {
-          return std::tuple<detail::Plain<decltype(member)>...>{detail::plain(member, getptr())...};
+          return std::tuple<detail::Plain<decltype(member)>...>{detail::plain(member, this->getptr())...};
         },
         Derived::members(self()));
     // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are
@@ -179,7 +179,7 @@ struct BackwardNode : torch::autograd::Node {
 
   Wanted wanted() const {
     int64_t bits = 0;
-    for (size_t i = 0; i < Derived::kInputs; ++i) bits |= int64_t{task_should_compute_output(i)} << i;
+    for (size_t i = 0; i < Derived::kInputs; ++i) bits |= int64_t{this->task_should_compute_output(i)} << i;
     return Wanted(bits);
   }
 

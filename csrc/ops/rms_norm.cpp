@@ -106,6 +106,10 @@ variable_list RmsNormBackward::backward(const variable_list& grads, Wanted wante
   return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dweight : at::Tensor()};
 }
 
+at::Tensor RmsNormBackward::rebuild() {
+  return std::get<0>(rms_norm(x.unpack(), unpack_parameter(weight), eps, offset, casting_mode));
+}
+
 TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
     const std::optional<at::Tensor>& weight, double eps, double offset, std::string_view casting_mode) {
   const auto node = make_node<RmsNormBackward>("rms_norm", x, weight);
@@ -117,7 +121,9 @@ TensorPair rms_norm_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
     node->rstd = SavedVariable(rstd, /*is_output=*/false);
     node->offset = offset;
     node->casting_mode = casting_mode;
+    node->eps = eps;
     torch::autograd::set_history(y, node);
+    node->watch(y);
   }
   return result;
 }

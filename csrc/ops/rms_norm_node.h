@@ -4,16 +4,17 @@
 
 #include <string>
 
-#include "ops/node.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-struct RmsNormBackward : BackwardNode<RmsNormBackward> {
+struct RmsNormBackward : RebuildableNode<RmsNormBackward> {
   static constexpr size_t kInputs = 2;  // x, weight
 
   SavedVariable x, weight, rstd;
   double offset = 0;
   std::string casting_mode;
+  double eps = 0;  // for rebuild() alone
 
   template <typename Self>
   static auto members(Self& self) {
@@ -23,6 +24,7 @@ struct RmsNormBackward : BackwardNode<RmsNormBackward> {
   // d x = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight);  d weight = sum over rows of dy * n.
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& x,
       const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode);
+  at::Tensor rebuild() override;
 };
 
 }  // namespace liger

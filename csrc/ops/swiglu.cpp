@@ -68,10 +68,14 @@ variable_list SwigluBackward::backward(
   return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
 }
 
+at::Tensor SwigluBackward::rebuild() { return swiglu(gate.unpack(), up.unpack()); }
+
 variable_list SwigluPackedBackward::backward(
     const variable_list& grads, Wanted /*wanted*/, const at::Tensor& gate_up) {
   return {swiglu_packed_backward(grads[0], gate_up)};
 }
+
+at::Tensor SwigluPackedBackward::rebuild() { return swiglu_packed(gate_up.unpack()); }
 
 at::Tensor swiglu_autograd(c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up) {
   const auto node = make_node<SwigluBackward>("swiglu", gate, up);
@@ -80,6 +84,7 @@ at::Tensor swiglu_autograd(c10::DispatchKeySet keys, const at::Tensor& gate, con
     node->gate = SavedVariable(gate, /*is_output=*/false);
     node->up = SavedVariable(up, /*is_output=*/false);
     torch::autograd::set_history(out, node);
+    node->watch(out);
   }
   return out;
 }
@@ -90,6 +95,7 @@ at::Tensor swiglu_packed_autograd(c10::DispatchKeySet keys, const at::Tensor& ga
   if (node) {
     node->gate_up = SavedVariable(gate_up, /*is_output=*/false);
     torch::autograd::set_history(out, node);
+    node->watch(out);
   }
   return out;
 }

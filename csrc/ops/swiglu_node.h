@@ -2,11 +2,11 @@
 
 // The autograd nodes of swiglu and swiglu_packed.
 
-#include "ops/node.h"
+#include "ops/rebuildable.h"
 
 namespace liger {
 
-struct SwigluBackward : BackwardNode<SwigluBackward> {
+struct SwigluBackward : RebuildableNode<SwigluBackward> {
   static constexpr size_t kInputs = 2;  // gate, up
 
   SavedVariable gate, up;
@@ -19,9 +19,10 @@ struct SwigluBackward : BackwardNode<SwigluBackward> {
   // With s = sigmoid(gate):  d gate = dout * up * s * (1 + gate * (1 - s)),  d up = dout * silu(gate).
   static variable_list backward(
       const variable_list& grads, Wanted wanted, const at::Tensor& gate, const at::Tensor& up);
+  at::Tensor rebuild() override;
 };
 
-struct SwigluPackedBackward : BackwardNode<SwigluPackedBackward> {
+struct SwigluPackedBackward : RebuildableNode<SwigluPackedBackward> {
   static constexpr size_t kInputs = 1;  // gate_up
 
   SavedVariable gate_up;
@@ -32,6 +33,7 @@ struct SwigluPackedBackward : BackwardNode<SwigluPackedBackward> {
   }
 
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate_up);
+  at::Tensor rebuild() override;
 };
 
 }  // namespace liger

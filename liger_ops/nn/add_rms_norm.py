@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuilt_by, unhooked
 from liger_ops.nn.rms_norm import LigerRMSNorm
 
 
@@ -32,6 +31,6 @@ class LigerFusedAddRMSNorm(LigerRMSNorm):
         self, hidden_states: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors (…, hidden_size) of one floating dtype to y and sum, of the same shape and dtype."""
-        options = (self.weight, self.variance_epsilon, self.offset, self.casting_mode)
-        y, total = unhooked(LF.add_rms_norm, hidden_states, residual, *options)
-        return rebuilt_by(y, LF.rms_norm, total, *options), total
+        return LF.add_rms_norm(
+            hidden_states, residual, self.weight, self.variance_epsilon, self.offset, self.casting_mode
+        )

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import liger_ops.functional as LF
 from liger_ops.nn._grouped_linear import grouped_linear
-from liger_ops.nn._lean import rebuildable
+from liger_ops.nn._lean import make_again
 from liger_ops.nn.swiglu import check_silu
 
 
-def _swiglu_packed(gate_up: Tensor) -> Tensor:
-    return rebuildable(LF.swiglu_packed, gate_up)
+def _gather(x: Tensor, order: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)[order // used.shape[1]]
 
 
 class _Dispatch(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x: Tensor, order: Tensor, place: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(place, used)
         ctx.dtype = x.dtype
-        return x.to(dtype)[order // used.shape[1]]
+        return _gather(x, order, used, dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -68,7 +68,7 @@ def mixture_of_experts(
     top_k_weights: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    activation: Callable[[Tensor], Tensor] = _swiglu_packed,
+    activation: Callable[[Tensor], Tensor] = LF.swiglu_packed,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -116,17 +116,20 @@ def mixture_of_experts(
             return rows
         return torch.where((sorted_experts < experts).unsqueeze(-1), rows, rows.new_zeros(()))
 
-    def project(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = grouped_linear(rows.to(dtype), weight.to(dtype), ends, transposed)
+    def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+        return grouped_linear(rows.to(dtype), weight.to(dtype), ends, transposed)
+
+    def add_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
             # A product with one-hot rows: the backward pass of bias[experts] adds in no fixed order on CUDA.
             chosen = (sorted_experts.unsqueeze(-1) == bounds).to(dtype)
             rows = rows + chosen @ bias.to(dtype)
         return cleared(rows)
 
-    rows = rebuildable(_Dispatch.apply, hidden_states, order, place, used, dtype)
-    rows = cleared(activation(project(rows, gate_up_proj, gate_up_bias)))
-    rows = project(rows, down_proj, down_bias)
+    rows = multiply(_Dispatch.apply(hidden_states, order, place, used, dtype), gate_up_proj)
+    make_again(rows, hidden_states, _gather, order, used, dtype)
+    rows = cleared(activation(add_bias(rows, gate_up_bias)))
+    rows = add_bias(multiply(rows, down_proj), down_bias)
     if normalise is not None:
         rows = normalise(rows)
     rows = _Permute.apply(rows, place, order).view(*top_k_index.shape, rows.shape[-1])

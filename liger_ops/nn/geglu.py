@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable
 
 # Hugging Face's names of the activation, and the form of GELU that each stands for.
 GELU_FORMS = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
@@ -48,4 +47,4 @@ class LigerGEGLUMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) to (…, hidden_size)."""
-        return self.down_proj(rebuildable(LF.geglu, self.gate_proj(x), self.up_proj(x), self.approximate))
+        return self.down_proj(LF.geglu(self.gate_proj(x), self.up_proj(x), self.approximate))

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable
 from liger_ops.nn.rms_norm import INITIALISERS
 
 
@@ -38,7 +37,7 @@ class LigerLayerNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) of any floating dtype to the same shape and dtype."""
-        return rebuildable(LF.layer_norm, hidden_states, self.weight, self.bias, self.variance_epsilon)
+        return LF.layer_norm(hidden_states, self.weight, self.bias, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.eps}"

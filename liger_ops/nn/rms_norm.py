@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable
 
 CASTING_MODES = ("llama", "gemma", "none")
 INITIALISERS = {"ones": torch.ones, "zeros": torch.zeros}
@@ -60,9 +59,7 @@ class LigerRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) of any floating dtype to the same shape and dtype."""
-        return rebuildable(
-            LF.rms_norm, hidden_states, self.weight, self.variance_epsilon, self.offset, self.casting_mode
-        )
+        return LF.rms_norm(hidden_states, self.weight, self.variance_epsilon, self.offset, self.casting_mode)
 
     def extra_repr(self) -> str:
         shape = None if self.weight is None else tuple(self.weight.shape)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable
 
 
 def check_silu(owner: str, config: Any) -> None:
@@ -42,7 +41,7 @@ class LigerSwiGLUMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) to (…, hidden_size)."""
-        return self.down_proj(rebuildable(LF.swiglu, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(LF.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class LigerPhi3SwiGLUMLP(nn.Module):
@@ -70,7 +69,7 @@ class LigerPhi3SwiGLUMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) to (…, hidden_size)."""
-        return self.down_proj(rebuildable(LF.swiglu_packed, self.gate_up_proj(x)))
+        return self.down_proj(LF.swiglu_packed(self.gate_up_proj(x)))
 
 
 class LigerBlockSparseTop2MLP(nn.Module):
@@ -96,4 +95,4 @@ class LigerBlockSparseTop2MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, hidden_size) to (…, hidden_size)."""
-        return self.w2(rebuildable(LF.swiglu, self.w1(x), self.w3(x)))
+        return self.w2(LF.swiglu(self.w1(x), self.w3(x)))

@@ -83,10 +83,6 @@ def nothing_left_behind():
     yield
     assert hooks() is None
     assert not _lean._thread.layers
-    if any(reference() for held in _lean._held.values() for reference in held):
-        # A traceback keeps the graph whose backward raised.
-        gc.collect()
-        assert not any(reference() for held in _lean._held.values() for reference in held)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -330,7 +326,9 @@ def test_other_hooks_within_come_first(device):
 def test_without_gradients_nothing_is_hooked(device):
     model, _ = lean(device=device)
     seen = []
-    text_model(model).layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(hooks()))
+    text_model(model).layers[0].mlp.register_forward_pre_hook(
+        lambda *_: seen.append(bool(hooks() or _lean._thread.layers))
+    )
     inputs = batch(device)
     with torch.no_grad():
         model(**inputs)
@@ -349,7 +347,7 @@ def test_kept_tensor_written_to(device):
         loss = model(**inputs).loss
         with torch.no_grad():
             find(text_model(model).layers[0]).mul_(1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation.*lean activations"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 

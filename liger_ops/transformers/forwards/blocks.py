@@ -14,7 +14,6 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 import liger_ops.functional as LF
-from liger_ops.nn._lean import rebuildable, unhooked
 
 Forward = Callable[..., Any]
 
@@ -34,7 +33,7 @@ def rms_norm(eps: str, offset: float, casting_mode: str) -> Callable[[Forward], 
             weight = self.weight
             if not _scales(weight, hidden_states):
                 return original(self, hidden_states)
-            return rebuildable(LF.rms_norm, hidden_states, weight, getattr(self, eps), offset, casting_mode)
+            return LF.rms_norm(hidden_states, weight, getattr(self, eps), offset, casting_mode)
 
         return forward
 
@@ -53,7 +52,7 @@ def layer_norm(original: Forward) -> Forward:
             or (bias is not None and not _scales(bias, input))
         ):
             return original(self, input)
-        return rebuildable(LF.layer_norm, input, weight, bias, self.eps)
+        return LF.layer_norm(input, weight, bias, self.eps)
 
     return forward
 
@@ -81,23 +80,15 @@ class Gate(NamedTuple):
 
 def _geglu(approximate: str) -> Gate:
     def of_two(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return rebuildable(LF.geglu, gate, up, approximate)
+        return LF.geglu(gate, up, approximate)
 
     def packed(gate_up: torch.Tensor) -> torch.Tensor:
-        return rebuildable(LF.geglu_packed, gate_up, approximate)
+        return LF.geglu_packed(gate_up, approximate)
 
     return Gate("liger::geglu", of_two, packed)
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return rebuildable(LF.swiglu, gate, up)
-
-
-def _swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
-    return rebuildable(LF.swiglu_packed, gate_up)
-
-
-_SWIGLU = Gate("liger::swiglu", _swiglu, _swiglu_packed)
+_SWIGLU = Gate("liger::swiglu", LF.swiglu, LF.swiglu_packed)
 _GEGLU_TANH = _geglu("tanh")
 _GEGLU_ERF = _geglu("none")
 
@@ -193,7 +184,7 @@ def rotary(original: Forward) -> Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if unsqueeze_dim != 1 or q.dim() != 4 or cos.dim() != 3 or not _rotates(q, k, cos):
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        return unhooked(LF.rope, q, k, cos, sin)
+        return LF.rope(q, k, cos, sin)
 
     return apply_rotary_pos_emb
 
@@ -206,7 +197,7 @@ def vision_rotary(original: Forward) -> Forward:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if q.dim() != 3 or cos.dim() != 2 or not _rotates(q, k, cos):
             return original(q, k, cos, sin)
-        q, k = unhooked(LF.rope, q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
+        q, k = LF.rope(q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), cos, sin)
         return q.squeeze(0).transpose(0, 1), k.squeeze(0).transpose(0, 1)
 
     return apply_rotary_pos_emb_vision
