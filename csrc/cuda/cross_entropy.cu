@@ -1,5 +1,13 @@
 #include "cuda/cross_entropy.cuh"
 
+#include <c10/cuda/CUDAMacros.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/cross_entropy_one_read.cuh"
 #include "cuda/launch.h"
 #include "ops/cross_entropy_rows.h"
 
@@ -89,6 +97,140 @@ void dispatch_threads(int64_t cols, const F& launch) {
   }
 }
 
+constexpr int kStagedThreads = 512;
+
+// How cross_entropy_staged_kernel is launched. clusters: 0 where it cannot be.
+struct StagedLaunch {
+  int ranks, stages, stage_bytes, shared_bytes, clusters;
+};
+
+cudaLaunchConfig_t staged_config(
+    cudaLaunchAttribute& cluster, const StagedLaunch& launch, cudaStream_t stream) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned int>(launch.ranks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>(launch.clusters * launch.ranks));
+  config.blockDim = dim3(kStagedThreads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return config;
+}
+
+// Shared memory that a block may ask for where a multiprocessor is to hold `resident` of them.
+template <typename Kernel>
+int shared_bytes_of(Kernel kernel, int resident) {
+  const auto* properties = at::cuda::getCurrentDeviceProperties();
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  const auto fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
+  const auto share = static_cast<int64_t>(properties->sharedMemPerMultiprocessor) / resident -
+      static_cast<int64_t>(properties->reservedSharedMemPerBlock);
+  const auto most = std::min(share, static_cast<int64_t>(properties->sharedMemPerBlockOptin)) - fixed;
+  return static_cast<int>(std::max<int64_t>(most, 0) / 128 * 128);
+}
+
+// How many clusters of `ranks` blocks the device runs at once; 0 where it does not have such.
+template <typename Kernel>
+int clusters_at_once(Kernel kernel, int ranks, int shared_bytes) {
+  bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ==
+          cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+          cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  int clusters = 0;
+  if (fits) {
+    cudaLaunchAttribute cluster;
+    const auto config =
+        staged_config(cluster, {.ranks = ranks, .shared_bytes = shared_bytes, .clusters = 1}, nullptr);
+    fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+  }
+  if (!fits) cudaGetLastError();  // clears it
+  return fits ? clusters : 0;
+}
+
+// What a device runs at once, asked of it at the first call.
+template <typename Kernel>
+struct StagedCapacity {
+  struct Entry {
+    int shared_bytes, clusters;
+  };
+
+  Entry of(Kernel kernel, int resident, int ranks) {
+    int log_ranks = 0;
+    while (1 << log_ranks < ranks) ++log_ranks;
+    auto& known = known_[at::cuda::current_device()][resident - 1][log_ranks];
+    uint64_t packed = known.load(std::memory_order_relaxed);
+    if (packed == 0) {
+      const int shared_bytes = shared_bytes_of(kernel, resident);
+      const int clusters = clusters_at_once(kernel, ranks, shared_bytes);
+      packed =
+          uint64_t{1} << 63 | static_cast<uint64_t>(clusters) << 32 | static_cast<uint64_t>(shared_bytes);
+      known.store(packed, std::memory_order_relaxed);
+    }
+    return {static_cast<int>(packed & 0xffffffffu), static_cast<int>(packed >> 32 & 0x7fffffffu)};
+  }
+
+ private:
+  static constexpr int kLogRanks = 5;
+  std::atomic<uint64_t> known_[C10_COMPILE_TIME_MAX_GPUS][2][kLogRanks] = {};
+};
+
+// Two blocks a multiprocessor if their stages fit, of as few ranks as will do.
+template <typename Kernel>
+StagedLaunch plan_staged(
+    StagedCapacity<Kernel>& capacity, Kernel kernel, int64_t rows, int64_t cols, int64_t vector) {
+  for (const int resident : {2, 1}) {
+    for (int ranks = 1; ranks <= cuda::kMaxRanks; ranks *= 2) {
+      const int64_t per_block = (cols / vector + ranks - 1) / ranks;
+      const int64_t stage_bytes = std::max<int64_t>(per_block, 1) * 16;
+      const auto [shared_bytes, clusters] = capacity.of(kernel, resident, ranks);
+      if (clusters == 0 || stage_bytes > shared_bytes / cuda::kMinStages) continue;
+      return {.ranks = ranks,
+          .stages = static_cast<int>(std::min<int64_t>(cuda::kMaxStages, shared_bytes / stage_bytes)),
+          .stage_bytes = static_cast<int>(stage_bytes),
+          .shared_bytes = shared_bytes,
+          .clusters = static_cast<int>(std::min<int64_t>(clusters, rows))};
+    }
+  }
+  return {};
+}
+
+// LIGER_OPS_CROSS_ENTROPY=two_pass leaves the kernels that read once aside, to measure and test the others.
+bool two_pass_forced() {
+  const char* value = std::getenv("LIGER_OPS_CROSS_ENTROPY");
+  return value != nullptr && std::string_view(value) == "two_pass";
+}
+
+// Loss and gradient with one read, where a kernel for it fits the rows and the device.
+template <typename T, bool PLAIN, bool ARGMAX>
+bool launch_one_read(
+    const CrossEntropyRows& args, const cuda::CrossEntropyArguments<T>& arguments, cudaStream_t stream) {
+  constexpr int kVectors = 4;
+  const int64_t rows = args.logits.size(0), cols = args.logits.size(1);
+  const auto launch_registers = [&](auto threads) {
+    if (cols > cuda::kRegistersClasses<T, threads(), kVectors>) return false;
+    cuda::cross_entropy_registers_kernel<T, PLAIN, ARGMAX, threads(), kVectors>
+        <<<cuda::grid_size(args.op, rows, 1), threads(), 0, stream>>>(arguments);
+    return true;
+  };
+  if (launch_registers(std::integral_constant<int, 128>{}) ||
+      launch_registers(std::integral_constant<int, 256>{}) ||
+      launch_registers(std::integral_constant<int, 512>{})) {
+    return true;
+  }
+  if (at::cuda::getCurrentDeviceProperties()->major < 9) return false;
+  auto* kernel = cuda::cross_entropy_staged_kernel<T, PLAIN, ARGMAX, kStagedThreads>;
+  static StagedCapacity<decltype(kernel)> capacity;
+  const auto launch = plan_staged(capacity, kernel, rows, cols, cuda::kVecSize<T>);
+  if (launch.clusters == 0) return false;
+  cudaLaunchAttribute cluster;
+  const auto config = staged_config(cluster, launch, stream);
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments, launch.stages, launch.stage_bytes));
+  return true;
+}
+
 void forward_cuda(const CrossEntropyRows& args) {
   if (args.logits.size(0) == 0) return;
   const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
@@ -104,6 +246,9 @@ void forward_cuda(const CrossEntropyRows& args) {
         cuda::cross_entropy_forward_kernel<T, plain(), false, argmax(), kThreads>
             <<<blocks, kThreads, 0, stream>>>(arguments);
         return;
+      }
+      if constexpr (!std::is_same_v<T, double>) {
+        if (!two_pass_forced() && launch_one_read<T, plain(), argmax()>(args, arguments, stream)) return;
       }
       dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
         cuda::cross_entropy_forward_kernel<T, plain(), true, argmax(), threads()>
