@@ -98,6 +98,9 @@ void dispatch_threads(int64_t cols, const F& launch) {
 }
 
 constexpr int kStagedThreads = 512;
+// Cluster sizes: 1, 2, ... kMaxRanks.
+constexpr int kRanks = 5;
+static_assert(1 << (kRanks - 1) == cuda::kMaxRanks);
 
 // How cross_entropy_staged_kernel is launched. clusters: 0 where it cannot be.
 struct StagedLaunch {
@@ -118,74 +121,74 @@ cudaLaunchConfig_t staged_config(
   return config;
 }
 
-// Shared memory that a block may ask for where a multiprocessor is to hold `resident` of them.
+struct StagedCapacity {
+  int shared_bytes, clusters;
+};
+
+// The shared memory for a block of which a multiprocessor is to hold `resident`, and how many clusters of
+// `ranks` such blocks the device runs at once: 0 where it does not have such.
 template <typename Kernel>
-int shared_bytes_of(Kernel kernel, int resident) {
+StagedCapacity query_capacity(Kernel kernel, int resident, int ranks) {
   const auto* properties = at::cuda::getCurrentDeviceProperties();
   cudaFuncAttributes attributes;
   C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  // Under sm_90, and where the code of an older architecture runs, the kernel does nothing.
+  if (properties->major < 9 || attributes.ptxVersion < 90) return {};
   const auto fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
+  const auto largest = static_cast<int64_t>(properties->sharedMemPerBlockOptin) - fixed;
   const auto share = static_cast<int64_t>(properties->sharedMemPerMultiprocessor) / resident -
-      static_cast<int64_t>(properties->reservedSharedMemPerBlock);
-  const auto most = std::min(share, static_cast<int64_t>(properties->sharedMemPerBlockOptin)) - fixed;
-  return static_cast<int>(std::max<int64_t>(most, 0) / 128 * 128);
-}
-
-// How many clusters of `ranks` blocks the device runs at once; 0 where it does not have such.
-template <typename Kernel>
-int clusters_at_once(Kernel kernel, int ranks, int shared_bytes) {
-  bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ==
-          cudaSuccess &&
+      static_cast<int64_t>(properties->reservedSharedMemPerBlock) - fixed;
+  const auto most = std::min(share, largest);
+  if (most < 0) return {};
+  StagedCapacity capacity{.shared_bytes = static_cast<int>(most / 128 * 128), .clusters = 0};
+  cudaLaunchAttribute cluster;
+  const auto config =
+      staged_config(cluster, {.ranks = ranks, .shared_bytes = capacity.shared_bytes, .clusters = 1}, nullptr);
+  const bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                        static_cast<int>(largest)) == cudaSuccess &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
           cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
-  int clusters = 0;
-  if (fits) {
-    cudaLaunchAttribute cluster;
-    const auto config =
-        staged_config(cluster, {.ranks = ranks, .shared_bytes = shared_bytes, .clusters = 1}, nullptr);
-    fits = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&capacity.clusters, kernel, &config) == cudaSuccess;
+  if (!fits) {
+    cudaGetLastError();  // clears it
+    capacity.clusters = 0;
   }
-  if (!fits) cudaGetLastError();  // clears it
-  return fits ? clusters : 0;
+  return capacity;
 }
 
-// What a device runs at once, asked of it at the first call.
+// query_capacity, asked once of a device.
 template <typename Kernel>
-struct StagedCapacity {
-  struct Entry {
-    int shared_bytes, clusters;
-  };
-
-  Entry of(Kernel kernel, int resident, int ranks) {
-    int log_ranks = 0;
-    while (1 << log_ranks < ranks) ++log_ranks;
+class StagedCapacities {
+ public:
+  StagedCapacity of(Kernel kernel, int resident, int log_ranks) {
     auto& known = known_[at::cuda::current_device()][resident - 1][log_ranks];
     uint64_t packed = known.load(std::memory_order_relaxed);
     if (packed == 0) {
-      const int shared_bytes = shared_bytes_of(kernel, resident);
-      const int clusters = clusters_at_once(kernel, ranks, shared_bytes);
-      packed =
-          uint64_t{1} << 63 | static_cast<uint64_t>(clusters) << 32 | static_cast<uint64_t>(shared_bytes);
+      const auto capacity = query_capacity(kernel, resident, 1 << log_ranks);
+      packed = kKnown | static_cast<uint64_t>(capacity.clusters) << 32 |
+          static_cast<uint64_t>(capacity.shared_bytes);
       known.store(packed, std::memory_order_relaxed);
     }
-    return {static_cast<int>(packed & 0xffffffffu), static_cast<int>(packed >> 32 & 0x7fffffffu)};
+    return {.shared_bytes = static_cast<int>(packed & 0xffffffffu),
+        .clusters = static_cast<int>((packed & ~kKnown) >> 32)};
   }
 
  private:
-  static constexpr int kLogRanks = 5;
-  std::atomic<uint64_t> known_[C10_COMPILE_TIME_MAX_GPUS][2][kLogRanks] = {};
+  static constexpr uint64_t kKnown = uint64_t{1} << 63;
+  std::atomic<uint64_t> known_[C10_COMPILE_TIME_MAX_GPUS][2][kRanks] = {};
 };
 
 // Two blocks a multiprocessor if their stages fit, of as few ranks as will do.
 template <typename Kernel>
 StagedLaunch plan_staged(
-    StagedCapacity<Kernel>& capacity, Kernel kernel, int64_t rows, int64_t cols, int64_t vector) {
+    StagedCapacities<Kernel>& capacities, Kernel kernel, int64_t rows, int64_t cols, int64_t vector) {
   for (const int resident : {2, 1}) {
-    for (int ranks = 1; ranks <= cuda::kMaxRanks; ranks *= 2) {
+    for (int log_ranks = 0; log_ranks < kRanks; ++log_ranks) {
+      const int ranks = 1 << log_ranks;
       const int64_t per_block = (cols / vector + ranks - 1) / ranks;
       const int64_t stage_bytes = std::max<int64_t>(per_block, 1) * 16;
-      const auto [shared_bytes, clusters] = capacity.of(kernel, resident, ranks);
+      const auto [shared_bytes, clusters] = capacities.of(kernel, resident, log_ranks);
       if (clusters == 0 || stage_bytes > shared_bytes / cuda::kMinStages) continue;
       return {.ranks = ranks,
           .stages = static_cast<int>(std::min<int64_t>(cuda::kMaxStages, shared_bytes / stage_bytes)),
@@ -220,10 +223,9 @@ bool launch_one_read(
       launch_registers(std::integral_constant<int, 512>{})) {
     return true;
   }
-  if (at::cuda::getCurrentDeviceProperties()->major < 9) return false;
   auto* kernel = cuda::cross_entropy_staged_kernel<T, PLAIN, ARGMAX, kStagedThreads>;
-  static StagedCapacity<decltype(kernel)> capacity;
-  const auto launch = plan_staged(capacity, kernel, rows, cols, cuda::kVecSize<T>);
+  static StagedCapacities<decltype(kernel)> capacities;
+  const auto launch = plan_staged(capacities, kernel, rows, cols, cuda::kVecSize<T>);
   if (launch.clusters == 0) return false;
   cudaLaunchAttribute cluster;
   const auto config = staged_config(cluster, launch, stream);

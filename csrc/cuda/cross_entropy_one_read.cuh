@@ -2,8 +2,8 @@
 
 // Loss and gradient of rows of logits with one read and one write of memory (formulas: ops/cross_entropy.h).
 //
-// A row is held on chip between its statistics and its gradient. Its aligned vectors are split evenly over
-// `ranks` blocks, the first of which also has the up to 2 * (vector - 1) scalars at its ends. Every block
+// A row is held on chip between its statistics and its gradient. Its aligned vectors are split over `ranks`
+// blocks, the first of which also has the up to 2 * (vector - 1) scalars at its ends. Every block
 // reduces its part to PartStatistics, sends them to all the others, and combines all of them in the order of
 // the ranks; so every block knows the factors of the gradient, and writes its part of it:
 //
@@ -25,12 +25,13 @@ namespace liger::cuda {
 // What is known of the logits of a thread, a warp, a block or the row.
 struct alignas(16) PartStatistics {
   float max, sum, low;
+  float y_target;  // of one thread, not combined
   float first_value;
   int first_col;
   double weighted;
 
   __device__ __forceinline__ static PartStatistics empty() {
-    return {lowest<float>(), 0, 0, -std::numeric_limits<float>::infinity(), 0, 0};
+    return {lowest<float>(), 0, 0, 0, -std::numeric_limits<float>::infinity(), 0, 0};
   }
 };
 
@@ -84,9 +85,9 @@ struct RowPart {
   int first, count;
   bool ends;
 
-  __device__ __forceinline__ RowPart(const T* row, int cols, int rank, int ranks)
+  // Of `most` vectors a block, which is enough for the row's.
+  __device__ __forceinline__ RowPart(const T* row, int cols, int rank, int most)
       : spans(row, cols), ends(rank == 0) {
-    const int most = (spans.vectors + ranks - 1) / ranks;
     first = min(rank * most, spans.vectors);
     count = min(most, spans.vectors - first);
   }
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(THREADS, 4096 / (THREADS * VECTORS))
     return;
   }
 
-  const RowPart<T> part(x, args.cols, 0, 1);
+  const RowPart<T> part(x, args.cols, 0, THREADS * VECTORS);
   Vec<T, kVec> held[VECTORS];
 #pragma unroll
   for (int u = 0; u < VECTORS; ++u) {
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
   extern __shared__ __align__(128) unsigned char staged[];
   __shared__ PartStatistics warps[kWarps], parts[2][kMaxRanks];
   __shared__ RowGradient<float> shared_gradient;
-  __shared__ CopyBarrier copied[kMaxStages];
+  __shared__ CopyBarrier copied[kMaxStages], exchanged[2];
   __shared__ int targets[kMaxStages];  // of the staged rows, -1 where the row is ignored
 
   const int lane = threadIdx.x, warp_lane = lane % 32;
@@ -286,24 +287,25 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     const bool counts = target != args.ignore_index && target >= 0 && target < args.cols;
     targets[stage] = counts ? static_cast<int>(target) : -1;
     const T* x = args.logits + row_of(i) * args.logits_stride;
-    const RowPart<T> part(x, args.cols, rank, ranks);
+    const RowPart<T> part(x, args.cols, rank, stage_bytes / 16);
     const int bytes = counts ? part.count * 16 : 0;
     copied[stage].arrive(bytes);
     if (bytes > 0) bulk_copy(staged + stage * stage_bytes, x + part.col(0), bytes, copied[stage]);
   };
 
   if (lane == 0) {
-    for (int stage = 0; stage < stages; ++stage) copied[stage].init();
+    for (auto& barrier : copied) barrier.init();
+    for (auto& barrier : exchanged) barrier.init();
     fence_copy_barriers();
     if (rows > 0) upcoming = args.target[row_of(0)];
+#pragma unroll 1
     for (int i = 0; i < min(stages, rows); ++i) copy_row(i, i);
   }
   // The barriers are ready, and every block of the cluster has begun.
   __syncthreads();
-  cluster_arrive();
-  cluster_wait();
+  cluster_sync();
 
-  int stage = 0, parity = 0, exchange = 0;
+  int stage = 0, parity = 0, exchange = 0, exchange_parity = 0;
   // Of the row before: its stage, its target (-1: ignored).
   int last_stage = 0, last_target = -1;
   for (int i = 0; i <= rows; ++i) {
@@ -315,7 +317,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     }
     if (target >= 0) {
       const T* x = args.logits + row_of(i) * args.logits_stride;
-      const RowPart<T> part(x, args.cols, rank, ranks);
+      const RowPart<T> part(x, args.cols, rank, stage_bytes / 16);
       const T* mine = reinterpret_cast<const T*>(staged + stage * stage_bytes);
       if (lane == 0 || (!PLAIN && args.label_smoothing != 0)) {
         y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
@@ -343,59 +345,73 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     }
     // Publishes the warps' statistics, and the gradient's factors of the row before.
     __syncthreads();
-    if (target >= 0) {
-      if (lane < 32) {
-        auto of_block = lane < kWarps ? warps[lane] : PartStatistics::empty();
-        combine_lanes<T, PLAIN, ARGMAX>(of_block);
-        if (lane < ranks) store_to_block(&parts[exchange][rank], of_block, lane);
-      }
-      // After this, no thread of the cluster reads the row's logits in memory.
-      cluster_arrive();
+    if (target >= 0 && lane < 32) {
+      auto of_block = lane < kWarps ? warps[lane] : PartStatistics::empty();
+      combine_lanes<T, PLAIN, ARGMAX>(of_block);
+      // Sent along, so that this block's read of the target is over before another block can write there.
+      of_block.y_target = __shfl_sync(0xffffffffu, y_target, 0);
+      if (lane == 0) exchanged[exchange].arrive(ranks * static_cast<int>(sizeof(PartStatistics)));
+      __syncwarp();
+      if (lane < ranks) send_to_block(&parts[exchange][rank], of_block, exchanged[exchange], lane);
     }
 
     if (i > 0) {
       const int64_t row = row_of(i - 1);
       const T* x = args.logits + row * args.logits_stride;
       T* dx = args.dlogits + row * args.dlogits_stride;
-      const RowPart<T> part(x, args.cols, rank, ranks);
+      const RowPart<T> part(x, args.cols, rank, stage_bytes / 16);
       const bool aligned = aligned_alike(x, dx);
+      T* dx_mine = dx + part.col(0);
       if (last_target >= 0) {
         const T* mine = reinterpret_cast<const T*>(staged + last_stage * stage_bytes);
         auto gradient = shared_gradient;
         gradient.lse_low = 0;
+        const auto scalar = [&](T x, int col) {
+          return element_gradient<T, PLAIN>(args, gradient, widen(x), col);
+        };
+        if (aligned) {
 #pragma unroll 2
-        for (int v = lane; v < part.count; v += THREADS) {
-          const int col = part.col(v);
-          const auto held = Vec<T, kVec>::load(mine + v * kVec);
-          store_vector(vector_gradient<T, PLAIN>(args, gradient, held, col), dx + col, aligned);
+          for (int v = lane; v < part.count; v += THREADS) {
+            const auto held = Vec<T, kVec>::load(mine + v * kVec);
+            vector_gradient<T, PLAIN>(args, gradient, held, part.col(v)).store(dx_mine + v * kVec);
+          }
+        } else {
+          for (int c = lane; c < part.count * kVec; c += THREADS)
+            dx_mine[c] = scalar(mine[c], part.col(0) + c);
         }
-        part.for_ends(args.cols, lane,
-            [&](int col) { dx[col] = element_gradient<T, PLAIN>(args, gradient, widen(x[col]), col); });
+        part.for_ends(args.cols, lane, [&](int col) { dx[col] = scalar(x[col], col); });
       } else {
-        for (int v = lane; v < part.count; v += THREADS)
-          store_vector(vector_of<T>(0), dx + part.col(v), aligned);
+        if (aligned) {
+#pragma unroll 4
+          for (int v = lane; v < part.count; v += THREADS) vector_of<T>(0).store(dx_mine + v * kVec);
+        } else {
+#pragma unroll 1
+          for (int c = lane; c < part.count * kVec; c += THREADS) dx_mine[c] = narrow<T>(0);
+        }
         part.for_ends(args.cols, lane, [&](int col) { dx[col] = narrow<T>(0); });
         if (lane == 0 && rank == 0) write_ignored_results<ARGMAX>(args, row);
       }
-      // The stage is free, and the column of the true class has been written.
-      __syncthreads();
-      if (lane == 0) {
-        if (last_target >= 0 && part.has(last_target)) dx[last_target] = narrow<T>(shared_gradient.d_target);
-        if (i - 1 + stages < rows) copy_row(i - 1 + stages, last_stage);
-      }
+    }
+    // The stage is free, the warps' statistics have been read, and the column of the true class is written.
+    __syncthreads();
+    if (i > 0 && lane == 0) {
+      T* dx = args.dlogits + row_of(i - 1) * args.dlogits_stride;
+      const RowPart<T> part(
+          args.logits + row_of(i - 1) * args.logits_stride, args.cols, rank, stage_bytes / 16);
+      if (last_target >= 0 && part.has(last_target)) dx[last_target] = narrow<T>(shared_gradient.d_target);
+      if (i - 1 + stages < rows) copy_row(i - 1 + stages, last_stage);
     }
 
-    if (target >= 0) {
-      cluster_wait();
-      if (lane < 32) {
-        auto of_row = lane < ranks ? parts[exchange][lane] : PartStatistics::empty();
-        combine_lanes<T, PLAIN, ARGMAX>(of_row);
-        if (lane == 0) {
-          shared_gradient = finish_row<T, PLAIN, ARGMAX>(args, row_of(i), target, y_target, of_row, rank);
-        }
+    if (target >= 0 && lane < 32) {
+      exchanged[exchange].wait(exchange_parity);
+      auto of_row = lane < ranks ? parts[exchange][lane] : PartStatistics::empty();
+      combine_lanes<T, PLAIN, ARGMAX>(of_row);
+      if (lane == 0) {
+        shared_gradient = finish_row<T, PLAIN, ARGMAX>(args, row_of(i), target, y_target, of_row, rank);
       }
-      // A block that is ahead writes the other half: it waits for this one at the barrier after that.
+      // A block that is ahead sends to the other half, and not to this one again before this block has sent.
       exchange ^= 1;
+      if (exchange == 0) exchange_parity ^= 1;
     }
     last_stage = stage;
     last_target = target;

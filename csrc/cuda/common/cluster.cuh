@@ -32,39 +32,16 @@ __device__ __forceinline__ int cluster_rank() {
 #endif
 }
 
-// The two halves of a barrier of all threads of a cluster. What a thread did before it arrived, also to the
-// shared memory of other blocks, is seen by those that waited.
-__device__ __forceinline__ void cluster_arrive() {
+// A barrier of all threads of the cluster. What a thread did before is seen by all after it.
+__device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// *pointer = value in the shared memory of another block of the cluster: `pointer` is where it lies in this
-// block's.
-template <typename V>
-__device__ __forceinline__ void store_to_block(V* pointer, const V& value, int rank) {
-  static_assert(sizeof(V) % 16 == 0 && alignof(V) >= 16);
-#if __CUDA_ARCH__ >= 900
-  std::uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-  const auto* words = reinterpret_cast<const uint4*>(&value);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(V) / 16); ++i) {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + 16 * i), "r"(words[i].x),
-        "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
-        : "memory");
-  }
-#endif
-}
-
-// A barrier in shared memory for one arrival a phase and the bytes that this arrival announces.
+// A barrier in shared memory for one arrival a phase and the bytes that this arrival announces. Bytes may
+// come before they are announced.
 struct CopyBarrier {
   std::uint64_t state;
 
@@ -102,10 +79,34 @@ struct CopyBarrier {
   }
 };
 
-// Makes initialised barriers known to the unit that copies.
+// Makes initialised barriers known to the units that copy and, past the next cluster barrier, to the cluster.
 __device__ __forceinline__ void fence_copy_barriers() {
 #if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// *pointer = value in the shared memory of a block of the cluster, asynchronously, counted by a barrier of
+// that block: `pointer` and `barrier` are where those lie in this block's. Neither orders any other access.
+template <typename V>
+__device__ __forceinline__ void send_to_block(V* pointer, const V& value, CopyBarrier& barrier, int rank) {
+  static_assert(sizeof(V) % 16 == 0 && alignof(V) >= 16);
+#if __CUDA_ARCH__ >= 900
+  std::uint32_t address, remote_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(remote_barrier)
+      : "r"(shared_address(&barrier.state)), "r"(rank));
+  const auto* words = reinterpret_cast<const uint4*>(&value);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(V) / 16); ++i) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::
+            "r"(address + 16 * i),
+        "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w), "r"(remote_barrier)
+        : "memory");
+  }
 #endif
 }
 
