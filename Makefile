@@ -91,7 +91,7 @@ demo: build
 	$(BIN)/python examples/finetune.py
 
 bench: build
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m liger_ops bench
 
 notebooks: build
 	$(BIN)/python notebooks/make.py
