@@ -297,6 +297,7 @@ def measure_op(
                     floor_ms += chunks[f"{mode}_ms"]
                     row["chunk_rows"] = chunks["chunk_rows"]
                 row |= {"floor_ms": floor_ms, "share_of_floor": floor_ms / times["median"]}
+                row |= {"least_bytes": floor.moved, "least_flops": floor.flops}
             if "torch" in timings:
                 row["speedup_vs_torch"] = timings["torch"].median / times["median"]
             row |= {"errors": subject.errors, "overwrites": subject.overwrites}
