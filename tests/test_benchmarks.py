@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import claims, measure
+from benchmarks import claims, kernels, measure
 from benchmarks import document as pages
 from benchmarks.ops import OPS, Problem, reference
 from benchmarks.providers import PROVIDERS
@@ -336,6 +336,17 @@ def test_a_host_that_stumbles_is_disturbed():
     assert timing.quiet and timing.disturbed > 0 and timing.median == pytest.approx(0.05)
 
 
+def test_a_slow_host_is_not_taken_for_one_that_waits():
+    class Slow(ScriptedClock):
+        """Keeps the GPU busy for a tenth of what it was asked."""
+
+        def __call__(self, call, ahead_us=0.0):
+            return super().__call__(call, ahead_us / 10)
+
+    timing = measure.interleaved({"call": lambda: (500.0, 50.0, False)}, Slow(), 0.3)["call"]
+    assert not timing.waits and not timing.quiet and timing.disturbed == timing.samples
+
+
 def test_a_fixed_queue_leaves_the_rest_of_the_host_time_in():
     clock = ScriptedClock()
     clock.queue_ahead_us = 0.0
@@ -368,6 +379,192 @@ def test_chunks_are_those_of_the_operator(tokens, workspace):
     expected = measure.chunk_rows(problem, workspace)
     assert rows[0] == expected and sum(rows) == tokens
     assert all(n == expected for n in rows[:-1]) and 0 < rows[-1] <= expected
+
+
+def operators_document(rows, quick, device="GPU"):
+    return {
+        "environment": {
+            "device": device,
+            "command": "python -m liger_ops bench",
+            "date": "2026-01-01T00:00:00",
+            "threads": 2,
+            "commit": "0123456789",
+            "versions": {"torch": "2.11.0"},
+        },
+        "missing_providers": {"trl": "needs trl"},
+        "settings": {"quick": quick, "queue_ahead_us": "host time"},
+        "rates": {
+            "copies": [{"bytes": 2**30, "ms": 0.25, "bytes_per_s": 4.29e12}],
+            "product_flops_per_s": 7e14,
+            "head_products": [],
+        },
+        "results": rows,
+        "claims": [{"claim": "fast", "measured": "1.00x", "holds": False}],
+    }
+
+
+def measured_row(op, mode, provider, ms, sizes, share, **more):
+    return {
+        "op": op,
+        "shape": None,
+        "tokens": 2048,
+        "dtype": "bfloat16",
+        "sizes": sizes,
+        "mode": mode,
+        "provider": provider,
+        "ms": {"median": ms, "quiet": True},
+        "host_us": 10 * ms,
+        "waits_for_gpu": provider == "liger",
+        "floor_ms": share and ms * share,
+        "share_of_floor": share,
+        "least_bytes": 1_000_000,
+        "least_flops": 0,
+        **more,
+    }
+
+
+def test_performance_page(tmp_path, monkeypatch):
+    """Sweeps, cases in which a peer is faster, and what is said of them."""
+    monkeypatch.setattr(pages, "IMAGES", tmp_path)
+    width = {width: {"rows": 2048, "width": width} for width in (1024, 4096)}
+    classes = {"rows": 2048, "classes": 32000}
+    sweep = [
+        measured_row("rms_norm", "fwd", "ours", 1.0, width[1024], 0.5),
+        measured_row("rms_norm", "fwd", "liger", 0.5, width[1024], 1.0),
+        measured_row("rms_norm", "fwd", "ours", 1.0, width[4096], 0.9),
+        measured_row("rms_norm", "fwd", "liger", 0.98, width[4096], 0.95),
+        measured_row("rms_norm", "fwd", "torch", 3.0, width[4096], 0.3),
+    ]
+    memory = {"memory": {"peak_extra_mib": 600.0, "beyond_results_mib": 500.0}}
+    main = [
+        measured_row("cross_entropy", "bwd", "ours", 2.0, classes, None, **memory),
+        measured_row("cross_entropy", "bwd", "liger", 1.0, classes, None, **memory),
+        measured_row("cross_entropy", "full", "ours", 2.0, classes, 0.9, **memory),
+        {**measured_row("cross_entropy", "full", "liger", 9.0, classes, 0.2), "failure": "wrong result"},
+    ]
+    del main[-1]["ms"]
+    documents = {
+        "sweep.json": operators_document(sweep, quick=True),
+        "ops.json": operators_document(main, quick=False),
+    }
+    text = pages.performance_page(documents)
+    sizes = "| GPU | 2048 x 1024 | bfloat16 | forward |"
+    assert f"{sizes} 1 | 50 % | 10 | liger | 0.5000 | 0.50 | 5 w |" in text
+    slower = text.split("## Where a peer is faster")[1].split("\n## ")[0]
+    lines = [line for line in slower.splitlines() if line.startswith("| GPU")]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "| GPU | `rms_norm` | 2048 x 1024 bfloat16 | forward | 1 | liger 0.5000 | 2.00 |"
+    )
+    assert "compute the gradient in forward" in lines[1]
+    assert "| ops | fast | 1.00x | **fails** |" in text
+    assert "[sweep.json](../benchmarks/results/sweep.json)" in text and "without trl" in text
+    for picture in ("sweep_rms_norm.png", "ops.png", "ops_memory.png"):
+        assert picture in text
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_reasons_are_of_the_closest_case():
+    reasons = {"rope forward": "a", "rope forward 512": "b", "rope forward 5": "c"}
+    assert pages.reason(reasons, "rope forward 512 bfloat16") == "b"
+    assert pages.reason(reasons, "rope forward 2048 bfloat16") == "a"
+    assert pages.reason(reasons, "rope backward 512 bfloat16") == ""
+
+
+def test_every_operator_has_its_notes():
+    introduction, texts, reasons = pages.notes()
+    assert introduction.startswith("# Performance") and set(texts) == set(OPS)
+    passes = tuple(pages.MODES.values())
+    for case in reasons:
+        op, _, rest = case.partition(" ")
+        assert op in OPS and rest.startswith(passes), case
+
+
+@pytest.mark.parametrize(
+    "threads, registers, shared, blocks",
+    [
+        (128, 48, 32, 10),  # 65536 registers hold 42 warps of 48 registers, in fours
+        (256, 32, 0, 8),  # threads
+        (64, 16, 0, 32),  # blocks
+        (1024, 64, 0, 1),
+        (1024, 65, 0, 0),  # cannot run
+        (256, 32, 100 * 1024, 2),  # shared memory, with a KiB that is the driver's
+    ],
+)
+def test_occupancy(threads, registers, shared, blocks):
+    assert kernels.blocks_per_multiprocessor("sm_90", threads, registers, shared) == blocks
+
+
+def test_registers_of_the_library(tmp_path):
+    if "sm_90" not in str(_library.build_info()["arch_list"]).replace("9.0", "sm_90"):
+        pytest.skip("the library has no kernels for sm_90")
+    try:
+        kernels.tool("cuobjdump")
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    target = tmp_path / "kernels.json"
+    assert kernels.main(["--no-launches", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    names = {k["kernel"] for k in document["kernels"]}
+    for op in ("rms_norm_forward", "layer_norm_backward", "rope", "glu_forward", "cross_entropy_forward"):
+        assert any(name.startswith(f"liger::cuda::{op}_kernel<") for name in names), op
+    for kernel in document["kernels"]:
+        assert 0 < kernel["registers"] <= 255 and kernel["stack_bytes"] == 0, kernel
+        assert 0 < kernel["occupancy"] <= 1 and kernel["threads"] <= 1024, kernel
+    assert "| `rope_kernel<bfloat16, bfloat16, 8" in pages.kernels_section({"k.json": document})
+
+
+@pytest.mark.gpu
+def test_launched_kernels():
+    found = kernels.launches("tiny", 64, ["rms_norm", "cross_entropy"])
+    assert {(k["op"], k["mode"]) for k in found} == {
+        ("rms_norm", "fwd"),
+        ("rms_norm", "bwd"),
+        ("cross_entropy", "fwd"),
+        ("cross_entropy", "full"),
+    }
+    rows = kernels.measured(Path(_library.build_info()["library"]), "sm_90", found)
+    assert rows and all(0 < row["occupancy"] <= 1 for row in rows)
+
+
+@pytest.mark.gpu
+def test_host_time_is_hidden_on_cuda():
+    """A host that dawdles before each of its launches makes no kernel slower, and is seen in host_us."""
+    x = torch.ones(2**20, device="cuda")
+
+    def dawdling():
+        for _ in range(4):
+            time.sleep(2e-4)
+            x.mul_(1.0)
+
+    def quick():
+        for _ in range(4):
+            x.mul_(1.0)
+
+    def waiting():
+        return x.sum().item()
+
+    clock = measure.Clock(x.device)
+    calls = {f.__name__: lambda f=f: f for f in (dawdling, quick, waiting)}
+    timings = measure.interleaved(calls, clock, budget_ms=2.0)
+    assert timings["dawdling"].median == pytest.approx(timings["quick"].median, rel=0.5)
+    assert timings["dawdling"].median < 0.2 and timings["dawdling"].host_us > 800
+    assert timings["waiting"].waits and not timings["dawdling"].waits and not timings["quick"].waits
+
+
+@pytest.mark.gpu
+def test_bench_on_cuda(tmp_path):
+    options = ("--device", "cuda", "--providers", "torch", "ours", "--shape", "tiny", "--tokens", "64")
+    document, _ = run_benchmark(tmp_path, *options, "--workspace", "2", "1")
+    assert not any("failure" in r for r in document["results"])
+    heads = [r for r in document["results"] if r["op"] == "fused_linear_cross_entropy"]
+    assert {r["provider"] for r in heads} == {"torch", "ours", "ours-1MiB"}
+    for row in document["results"]:
+        assert row["host_us"] > 0
+        if row["floor_ms"]:
+            assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"]["median"])
+    assert len(document["rates"]["copies"]) >= 5
 
 
 @pytest.mark.parametrize(

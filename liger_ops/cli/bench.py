@@ -27,11 +27,13 @@ def _program() -> ModuleType:
     """``benchmarks/run.py``: part of this package in a wheel, beside it in a checkout."""
     name = "liger_ops.benchmarks.run"
     if importlib.util.find_spec("liger_ops.benchmarks") is None:
-        name = "benchmarks.run"
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        name, checkout = "benchmarks.run", str(Path(__file__).resolve().parents[2])
+        # In front, since others have installed packages called benchmarks.
+        if sys.path[0] != checkout:
+            sys.path.insert(0, checkout)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "rich":
+        if (error.name or "").partition(".")[0] != "rich":
             raise
-        sys.exit("python -m liger_ops bench prints through rich: pip install rich transformers matplotlib")
+        sys.exit("python -m liger_ops bench prints through rich: pip install rich transformers")
