@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
@@ -155,7 +155,7 @@ SUMMARY = {
     **({"architectures": BUILD_INFO["arch_list"]} if WITH_CUDA else {}),
 }
 
-packages, package_dir = find_packages(include=["liger_ops*"]), {}
+packages, package_dir = find_namespace_packages(include=["liger_ops*"]), {}
 if "editable_wheel" not in sys.argv:
     # `python -m liger_ops bench`, and the references that it checks with. A checkout has them in place.
     package_dir = {"liger_ops.benchmarks": "benchmarks", "liger_ops.benchmarks.reference": "tests/reference"}
