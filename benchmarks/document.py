@@ -51,6 +51,15 @@ def is_operators(document: dict) -> bool:
     return "results" in document and "rates" in document
 
 
+def includes_host(document: dict) -> bool:
+    """Whether the GPU waited for the host in what was timed."""
+    return "cuda" in document["environment"] and document["settings"]["queue_ahead_us"] == 0
+
+
+def device_of(document: dict) -> str:
+    return document["environment"]["device"] + (", host time in ms" if includes_host(document) else "")
+
+
 def table(heading: str, rows: list[list[str]]) -> list[str]:
     """A Markdown table; columns whose heading ends in a colon are aligned to the right."""
     names = heading.split("|")
@@ -97,7 +106,7 @@ def full_table(documents: dict[str, dict], op: str) -> list[str]:
             provider = f"**{row['provider']}**" if row["provider"].startswith("ours") else row["provider"]
             lines.append(
                 [
-                    document["environment"]["device"],
+                    device_of(document),
                     f"{size_of(row)} {row['dtype']}",
                     MODES[row["mode"]],
                     provider,
@@ -120,7 +129,7 @@ def least(documents: dict[str, dict], op: str) -> list[str]:
             continue
         lines.append(
             [
-                document["environment"]["device"],
+                device_of(document),
                 f"{size_of(row)} {row['dtype']}",
                 MODES[row["mode"]],
                 f"{row['least_bytes'] / 1e6:,.0f}",
@@ -142,7 +151,7 @@ def sweep_table(documents: dict[str, dict], op: str) -> list[str]:
             continue
         peer = best_peer(rows)
         cells = [
-            document["environment"]["device"],
+            device_of(document),
             size_of(ours),
             ours["dtype"],
             MODES[ours["mode"]],
@@ -184,7 +193,7 @@ def slower_section(documents: dict[str, dict], reasons: dict[str, str]) -> str:
         disturbed = "" if ours["ms"]["quiet"] and peer["ms"]["quiet"] else " (disturbed)"
         rows.append(
             [
-                document["environment"]["device"],
+                device_of(document),
                 f"`{op}`",
                 f"{size} {dtype}",
                 MODES[mode],
@@ -319,7 +328,7 @@ def runs_section(documents: dict[str, dict]) -> str:
                     sizes = " x ".join(str(product[key]) for key in ("tokens", "hidden", "classes"))
                     chunks = f"chunks of {product['chunk_rows']} rows"
                     parts.append(f"three products of {sizes} in {chunks} {rate / 1e12:.3g} TFLOP/s")
-            if document["settings"]["queue_ahead_us"] == 0:
+            if includes_host(document):
                 parts.append("**the host's time is in the times of this run**")
         missing = document.get("missing_providers")
         if missing:
@@ -333,6 +342,8 @@ def runs_section(documents: dict[str, dict]) -> str:
 
 def performance_page(documents: dict[str, dict]) -> str:
     operators = {name: d for name, d in documents.items() if is_operators(d)}
+    # GPUs first.
+    operators = dict(sorted(operators.items(), key=lambda item: "cuda" not in item[1]["environment"]))
     host = {name: d for name, d in documents.items() if isinstance(d.get("host"), list)}
     kernels = {name: d for name, d in documents.items() if "kernels" in d}
     measured = {row["op"] for d in operators.values() for row in d["results"]}

@@ -517,6 +517,8 @@ def test_registers_of_the_library(tmp_path):
 
 @pytest.mark.gpu
 def test_launched_kernels():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the occupancy is computed for sm_90")
     found = kernels.launches("tiny", 64, ["rms_norm", "cross_entropy"])
     assert {(k["op"], k["mode"]) for k in found} == {
         ("rms_norm", "fwd"),
