@@ -16,12 +16,13 @@ endif
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.cuh)
 
-.PHONY: help venv build test test-gpu test-newest test-deepspeed lint format demo bench notebooks docs clean
+.PHONY: help venv build test test-gpu test-newest test-deepspeed lint format demo bench plots notebooks docs clean
 
 help:
 	@echo "make demo    set up, build, and fine-tune a small model: plain against liger, with a table and a plot"
 	@echo "make test    set up, build, and run the test suite"
 	@echo "make bench   set up, build, and measure every operator against its peers"
+	@echo "make plots   write docs/performance.md and its pictures from benchmarks/results"
 	@echo "make test-newest  test the Hugging Face layer on the newest transformers and TRL"
 	@echo "make notebooks  run the notebooks in place, outputs included"
 	@echo "make docs    build the documentation's site into build/site, which needs no network"
@@ -91,7 +92,10 @@ demo: build
 	$(BIN)/python examples/finetune.py
 
 bench: build
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m liger_ops bench
+
+plots: venv
+	$(BIN)/python -m benchmarks.document
 
 notebooks: build
 	$(BIN)/python notebooks/make.py

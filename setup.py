@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import setuptools
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "0.1.0"
@@ -155,7 +155,15 @@ SUMMARY = {
     **({"architectures": BUILD_INFO["arch_list"]} if WITH_CUDA else {}),
 }
 
+packages, package_dir = find_namespace_packages(include=["liger_ops*"]), {}
+if "editable_wheel" not in sys.argv:
+    # `python -m liger_ops bench`, and the references that it checks with. A checkout has them in place.
+    package_dir = {"liger_ops.benchmarks": "benchmarks", "liger_ops.benchmarks.reference": "tests/reference"}
+    packages += list(package_dir)
+
 setup(
+    packages=packages,
+    package_dir=package_dir,
     # An sdist fits every torch; a build fits the one it was compiled against.
     version=VERSION if "sdist" in sys.argv else local_version(WITH_CUDA),
     ext_modules=[make_extension(WITH_CUDA)],

@@ -1,1 +1,1 @@
-"""Speed, memory and accuracy of the operators beside their peers; `python -m benchmarks.run --help`."""
+"""Speed, memory and accuracy of the operators beside their peers; `python -m liger_ops bench --help`."""

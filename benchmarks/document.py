@@ -1,70 +1,361 @@
-"""Writes docs/performance.md, accuracy.md and medusa_results.md from the JSON files in benchmarks/results.
+"""Writes docs/performance.md, accuracy.md, medusa_results.md and distributed_results.md, and their pictures,
+from the JSON files in benchmarks/results.
 
-    python -m benchmarks.document
+    make plots      (or python -m benchmarks.document)
 
-Every number on those pages comes from these files; run it again after adding one.
+Every number on those pages comes from these files; run it again after adding one. What is said beside the
+numbers of docs/performance.md stands in notes.md: the introduction, then how each operator's kernels came to
+be, and at the end the reasons why a peer is faster, by operator, pass and where needed size and dtype.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 from . import fsdp, medusa, plots
-from .report import RESULTS, ROOT, digits
+from .ops import OPS
+from .report import RESULTS, ROOT, digits, size_of
 
+NOTES = Path(__file__).resolve().parent / "notes.md"
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 ACCURACY_PAGE = ROOT / "docs" / "accuracy.md"
 MEDUSA_PAGE = ROOT / "docs" / "medusa_results.md"
 DISTRIBUTED_PAGE = ROOT / "docs" / "distributed_results.md"
 
-INTRODUCTION = """# Performance
-
-Measured with `python -m benchmarks.models` and `python -m benchmarks.run`;
-[benchmarks/README.md](../benchmarks/README.md) says how to read the columns and how the timing is done. Each
-section names its result file, which holds versions, driver, command and spread. This page is written by
-`python -m benchmarks.document`.
-"""
-
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+SLOWER_TITLE = "Where a peer is faster"
+# A peer that is faster by less than this is as fast: medians of repeated runs spread by about 2 %.
+SLOWER = 1.03
 
 
-def section(name: str, document: dict) -> str:
-    environment, sizes = document["environment"], document["sizes"]
-    picture = f"{name.removesuffix('.json')}.png"
-    plots.operators(IMAGES / picture, document)
-    lines = [
-        f"## {environment['device']}: {sizes['shape']}, {sizes['tokens']} tokens, {sizes['dtype']}",
-        "",
-        f"`{environment['command']}`, {environment['date'][:10]}, torch {environment['versions']['torch']}, "
-        f"{environment['threads']} CPU threads. Result file: [{name}](../benchmarks/results/{name}).",
-        "",
-        f"hidden {sizes['hidden']}, intermediate {sizes['intermediate']}, vocabulary {sizes['vocab']}, "
-        f"heads {sizes['heads']}/{sizes['kv_heads']} x {sizes['head_dim']}, batch {sizes['batch']}. "
-        f"Measured in the same run: copy {document['rates']['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
-        f"matrix products {document['rates']['floor_flops_per_s'] / 1e12:.3g} TFLOP/s.",
-        "",
-        f"![time of forward and backward of each operator](images/{picture})",
-        "",
-        "| operator | pass | implementation | ms | of the floor | memory beyond results, MiB |",
-        "|---|---|---|--:|--:|--:|",
-    ]
-    for result in document["results"]:
-        if "ms" not in result:
+def notes() -> tuple[str, dict[str, str], dict[str, str]]:
+    """Introduction, text by operator, and reason by case."""
+    introduction, *sections = NOTES.read_text().split("\n## ")
+    texts = {title: text.strip() for title, _, text in (section.partition("\n") for section in sections)}
+    reasons = texts.pop(SLOWER_TITLE)
+    return introduction, texts, dict(re.findall(r"^- (.+?): (.+)$", reasons, re.MULTILINE))
+
+
+def reason(reasons: dict[str, str], case: str) -> str:
+    """Of the longest key that the case begins with."""
+    keys = [key for key in reasons if f"{case} ".startswith(f"{key} ")]
+    return reasons[max(keys, key=len)] if keys else ""
+
+
+def is_operators(document: dict) -> bool:
+    return "results" in document and "rates" in document
+
+
+def includes_host(document: dict) -> bool:
+    """Whether the GPU waited for the host in what was timed."""
+    return "cuda" in document["environment"] and document["settings"]["queue_ahead_us"] == 0
+
+
+def device_of(document: dict) -> str:
+    return document["environment"]["device"] + (", host time in ms" if includes_host(document) else "")
+
+
+def table(heading: str, rows: list[list[str]]) -> list[str]:
+    """A Markdown table; columns whose heading ends in a colon are aligned to the right."""
+    names = heading.split("|")
+    marks = ["--:" if name.endswith(":") else "---" for name in names]
+    lines = [f"| {' | '.join(name.removesuffix(':') for name in names)} |", f"|{'|'.join(marks)}|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def host_cell(row: dict) -> str:
+    if row.get("host_us") is None:
+        return ""
+    return f"{row['host_us']:.0f}{' w' if row.get('waits_for_gpu') else ''}"
+
+
+def cases(documents: dict[str, dict]) -> Iterator[tuple[dict, str, dict[str, dict]]]:
+    """Each measured case: its document, the file's name, and its rows by provider."""
+    for name, document in documents.items():
+        groups: dict[tuple, dict[str, dict]] = {}
+        for row in document["results"]:
+            if "ms" in row:
+                key = (row["op"], size_of(row), row["dtype"], row["mode"])
+                groups.setdefault(key, {})[row["provider"]] = row
+        for rows in groups.values():
+            yield document, name, rows
+
+
+def best_peer(rows: dict[str, dict]) -> dict | None:
+    peers = [row for provider, row in rows.items() if not provider.startswith("ours")]
+    return min(peers, key=lambda row: row["ms"]["median"], default=None)
+
+
+def share_cell(row: dict) -> str:
+    return f"{100 * row['share_of_floor']:.0f} %" if row.get("share_of_floor") else ""
+
+
+def full_table(documents: dict[str, dict], op: str) -> list[str]:
+    """Every provider of the runs that took their time."""
+    lines = []
+    for document, _, rows in cases({n: d for n, d in documents.items() if not d["settings"]["quick"]}):
+        for row in rows.values():
+            if row["op"] != op:
+                continue
+            memory = row.get("memory")
+            provider = f"**{row['provider']}**" if row["provider"].startswith("ours") else row["provider"]
+            lines.append(
+                [
+                    device_of(document),
+                    f"{size_of(row)} {row['dtype']}",
+                    MODES[row["mode"]],
+                    provider,
+                    digits(row["ms"]["median"]) + ("" if row["ms"]["quiet"] else " (disturbed)"),
+                    share_cell(row),
+                    host_cell(row),
+                    f"{memory['beyond_results_mib']:.0f}" if memory else "",
+                ]
+            )
+    heading = "device|size|pass|implementation|ms:|of the floor:|host µs:|memory beyond results, MiB:"
+    return table(heading, lines) if lines else []
+
+
+def least(documents: dict[str, dict], op: str) -> list[str]:
+    """The least bytes and flops of the first case, and its floor."""
+    lines = []
+    for document, _, rows in cases(documents):
+        row = next(iter(rows.values()))
+        if row["op"] != op or not row.get("floor_ms") or document["settings"]["quick"]:
             continue
-        share, memory = result.get("share_of_floor"), result.get("memory")
-        provider = f"**{result['provider']}**" if result["provider"] == "ours" else result["provider"]
+        lines.append(
+            [
+                device_of(document),
+                f"{size_of(row)} {row['dtype']}",
+                MODES[row["mode"]],
+                f"{row['least_bytes'] / 1e6:,.0f}",
+                f"{row['least_flops'] / 1e12:.3g}" if row["least_flops"] else "",
+                f"{row.get('chunk_rows', '')}",
+                digits(row["floor_ms"]),
+            ]
+        )
+    heading = "device|size|pass|least MB:|least TFLOP:|rows of a chunk:|floor, ms:"
+    return table(heading, lines) if lines else []
+
+
+def sweep_table(documents: dict[str, dict], op: str) -> list[str]:
+    """Ours and the fastest peer at many sizes."""
+    lines = []
+    for document, _, rows in cases({n: d for n, d in documents.items() if d["settings"]["quick"]}):
+        ours = rows.get("ours")
+        if ours is None or ours["op"] != op:
+            continue
+        peer = best_peer(rows)
         cells = [
-            f"`{result['op']}`",
-            MODES[result["mode"]],
-            provider,
-            digits(result["ms"]["median"]) + ("" if result["ms"]["quiet"] else " (disturbed)"),
-            f"{100 * share:.0f} %" if share else "",
-            f"{memory['beyond_results_mib']:.0f}" if memory else "",
+            device_of(document),
+            size_of(ours),
+            ours["dtype"],
+            MODES[ours["mode"]],
+            digits(ours["ms"]["median"]) + ("" if ours["ms"]["quiet"] else " (disturbed)"),
+            share_cell(ours),
+            host_cell(ours),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if peer:
+            ratio = peer["ms"]["median"] / ours["ms"]["median"]
+            cells += [peer["provider"], digits(peer["ms"]["median"]), f"{ratio:.2f}", host_cell(peer)]
+        lines.append(cells + [""] * (11 - len(cells)))
+    heading = "device|size|dtype|pass|ours, ms:|of the floor:|host µs:|fastest peer|ms:|speed-up:|host µs:"
+    return ["Other sizes:", "", *table(heading, lines)] if lines else []
+
+
+def operator_section(documents: dict[str, dict], op: str, text: str) -> str:
+    lines = [f"## {op}", "", text, ""]
+    picture = f"sweep_{op}.png"
+    swept = plots.sweep(IMAGES / picture, op, documents)
+    if swept:
+        lines += [f"![share of the floor at several sizes](images/{picture})", ""]
+    lines += [*least(documents, op), *full_table(documents, op), *sweep_table(documents, op)]
+    return "\n".join(lines)
+
+
+def slower_section(documents: dict[str, dict], reasons: dict[str, str]) -> str:
+    lines = [
+        f"## {SLOWER_TITLE}",
+        "",
+        f"Every measured case in which the fastest peer needs less than 1/{SLOWER} of our time, of all runs.",
+        "",
+    ]
+    rows = []
+    for document, _, providers in cases(documents):
+        ours, peer = providers.get("ours"), best_peer(providers)
+        if ours is None or peer is None or ours["ms"]["median"] <= SLOWER * peer["ms"]["median"]:
+            continue
+        op, mode, size, dtype = ours["op"], ours["mode"], size_of(ours), ours["dtype"]
+        disturbed = "" if ours["ms"]["quiet"] and peer["ms"]["quiet"] else " (disturbed)"
+        rows.append(
+            [
+                device_of(document),
+                f"`{op}`",
+                f"{size} {dtype}",
+                MODES[mode],
+                digits(ours["ms"]["median"]),
+                f"{peer['provider']} {digits(peer['ms']['median'])}",
+                f"{ours['ms']['median'] / peer['ms']['median']:.2f}{disturbed}",
+                reason(reasons, f"{op} {MODES[mode]} {size} {dtype}"),
+            ]
+        )
+    if not rows:
+        return "\n".join([*lines, "There is none.", ""])
+    heading = "device|operator|size|pass|ours, ms:|fastest peer, ms:|ours / peer:|reason"
+    return "\n".join([*lines, *table(heading, rows)])
+
+
+def pictures_section(documents: dict[str, dict]) -> str:
+    """Operators side by side: what they need of the floor, and of memory."""
+    lines = ["## At a glance", ""]
+    for name, document in documents.items():
+        if document["settings"]["quick"]:
+            continue
+        stem, device = name.removesuffix(".json"), document["environment"]["device"]
+        if plots.operators(IMAGES / f"{stem}.png", document):
+            lines += [f"![share of the floor of each operator, {device}](images/{stem}.png)", ""]
+        if plots.memory(IMAGES / f"{stem}_memory.png", document):
+            lines += [f"![memory beyond the results, {device}](images/{stem}_memory.png)", ""]
+    return "\n".join(lines)
+
+
+def host_section(documents: dict[str, dict]) -> str:
+    lines = [
+        "## Host time",
+        "",
+        "The host's time for a call on an input so small that nothing else counts, in a tight loop: forward "
+        "without gradients, and forward with `autograd.grad`. The yardstick is `F.layer_norm`, an operator "
+        "of PyTorch itself.",
+        "",
+    ]
+    for name, document in documents.items():
+        environment, yardstick = document["environment"], document["host"][0]
+        lines += [f"{environment['device']}, [{name}](../benchmarks/results/{name}):", ""]
+        rows = []
+        for row in document["host"]:
+            provider = f"**{row['provider']}**" if row["provider"] == "ours" else row["provider"]
+            ratios = [f"{row[key] / yardstick[key]:.2f}" for key in ("forward_us", "full_us")]
+            times = [f"{row[key]:.1f}" for key in ("forward_us", "full_us")]
+            rows.append([f"`{row['op']}`", provider, times[0], ratios[0], times[1], ratios[1]])
+        ratio = "of F.layer_norm's:"
+        heading = f"operator|implementation|forward, µs:|{ratio}|forward + backward, µs:|{ratio}"
+        lines += table(heading, rows)
+    return "\n".join(lines)
+
+
+def kernels_section(documents: dict[str, dict]) -> str:
+    lines = [
+        "## Registers, spills, occupancy",
+        "",
+        "What the compiled kernels take, read from the library by `python -m benchmarks.kernels`. A kernel "
+        "without stack spills no register. Occupancy is the share of a multiprocessor's threads that run at "
+        "once, by registers, shared memory and threads of a block; kernels that keep a row in registers "
+        "trade it for loads in flight.",
+        "",
+    ]
+    for name, document in documents.items():
+        sizes = document["sizes"]
+        what = (
+            f"launched by {sizes['shape']}, {sizes['tokens']} tokens, {sizes['dtype']}"
+            if sizes
+            else "bfloat16, whole vectors"
+        )
+        lines += [f"{document['arch']}, {what}: [{name}](../benchmarks/results/{name}).", ""]
+        rows = []
+        for kernel in document["kernels"]:
+            short = kernel["kernel"].replace("liger::cuda::", "").replace("__nv_", "")
+            occupancy = kernel.get("occupancy")
+            rows.append(
+                [
+                    f"`{kernel['op']}` {MODES[kernel['mode']]}" if "op" in kernel else "",
+                    f"`{short}`",
+                    f"{kernel['threads'] or ''}",
+                    str(kernel["registers"]),
+                    str(kernel["stack_bytes"]),
+                    str(kernel["shared_bytes"]),
+                    f"{kernel.get('blocks_per_sm', '')}",
+                    f"{100 * occupancy:.0f} %" if occupancy else "",
+                ]
+            )
+        heading = (
+            "operator|kernel|threads:|registers:|stack, B:|shared, B:|blocks a multiprocessor:|occupancy:"
+        )
+        lines += table(heading, rows)
+    return "\n".join(lines)
+
+
+def claims_section(documents: dict[str, dict]) -> str:
+    lines = ["## Promises", "", "What claims.py says of a run, judged by the run itself.", ""]
+    rows = [
+        [
+            name.removesuffix(".json"),
+            claim["claim"],
+            claim["measured"],
+            "holds" if claim["holds"] else "**fails**",
+        ]
+        for name, document in documents.items()
+        for claim in document.get("claims", [])
+    ]
+    return "\n".join([*lines, *table("run|promise|measured:|", rows)]) if rows else ""
+
+
+def runs_section(documents: dict[str, dict]) -> str:
+    """Where everything above comes from."""
+    lines = ["## Runs", ""]
+    for name, document in documents.items():
+        environment = document["environment"]
+        driver = environment.get("driver, SM clock, its maximum, power limit")
+        parts = [
+            environment["device"],
+            f"driver {driver.split(',')[0]}" if driver else "",
+            f"torch {environment['versions']['torch']}",
+            f"{environment['threads']} CPU threads",
+            f"commit {environment['commit'][:7]}" if environment.get("commit") else "",
+        ]
+        if "rates" in document:
+            rates = document["rates"]
+            copies = [
+                f"{c['bytes'] / 2**20:.0f} MiB {c['bytes_per_s'] / 1e9:.0f} GB/s" for c in rates["copies"]
+            ]
+            parts.append(f"copies: {', '.join(copies)}")
+            parts.append(f"large product {rates['product_flops_per_s'] / 1e12:.3g} TFLOP/s")
+            for product in rates["head_products"]:
+                if rate := product.get("full_flops_per_s"):
+                    sizes = " x ".join(str(product[key]) for key in ("tokens", "hidden", "classes"))
+                    chunks = f"chunks of {product['chunk_rows']} rows"
+                    parts.append(f"three products of {sizes} in {chunks} {rate / 1e12:.3g} TFLOP/s")
+            if includes_host(document):
+                parts.append("**the host's time is in the times of this run**")
+        missing = document.get("missing_providers")
+        if missing:
+            parts.append(f"without {', '.join(missing)}")
+        lines += [
+            f"- [{name}](../benchmarks/results/{name}): `{environment['command']}`, "
+            f"{environment['date'][:10]}; " + "; ".join(part for part in parts if part) + "."
+        ]
     return "\n".join([*lines, ""])
+
+
+def performance_page(documents: dict[str, dict]) -> str:
+    operators = {name: d for name, d in documents.items() if is_operators(d)}
+    # GPUs first.
+    operators = dict(sorted(operators.items(), key=lambda item: "cuda" not in item[1]["environment"]))
+    host = {name: d for name, d in documents.items() if isinstance(d.get("host"), list)}
+    kernels = {name: d for name, d in documents.items() if "kernels" in d}
+    measured = {row["op"] for d in operators.values() for row in d["results"]}
+    introduction, texts, reasons = notes()
+    sections = [introduction, "", pictures_section(operators)]
+    sections += [training_section(group) for group in same_training(documents)]
+    sections += [operator_section(operators, op, texts[op]) for op in OPS if op in measured]
+    sections.append(slower_section(operators, reasons))
+    sections += [host_section(host)] if host else []
+    sections += [kernels_section(kernels)] if kernels else []
+    sections += [claims_section({**operators, **host}), runs_section({**operators, **host})]
+    return "\n".join(section for section in sections if section)
 
 
 ACCURACY = """# Accuracy
@@ -250,12 +541,9 @@ def distributed_page(documents: dict[str, dict]) -> str:
 
 def main() -> None:
     documents = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    # Other files hold host times or the demo's runs.
-    sections = [training_section(group) for group in same_training(documents)]
-    sections += [section(name, d) for name, d in documents.items() if "results" in d and "rates" in d]
     heads = [medusa_section(name, d) for name, d in documents.items() if d.get("benchmark") == "medusa"]
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join([INTRODUCTION, *sections]))
+    PAGE.write_text(performance_page(documents))
     measured = [accuracy_section(name, d) for name, d in documents.items() if "lines" in d]
     ACCURACY_PAGE.write_text("\n".join([ACCURACY, *measured]))
     distributed = {name: d for name, d in documents.items() if d.get("kind") == "fsdp"}

@@ -1,8 +1,8 @@
 """Peak resident memory of one operator call on the CPU, in a process of its own.
 
-`python -m benchmarks.memory OP PROVIDER ...` prints one JSON line. A fresh process, because memory that an
-allocator kept from an earlier call would hide what this one needs. Linux only: the peak is the kernel's own
-(`VmHWM`), reset just before the call.
+As a program, with an operator, a provider and a problem in JSON, it prints one JSON line. A fresh process,
+because memory that an allocator kept from an earlier call would hide what this one needs. Linux only: the
+peak is the kernel's own (`VmHWM`), reset just before the call.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import gc
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .measure import Subject, bytes_of_results, memory_record, prepare
 from .ops import OPS, Problem
-from .providers import PROVIDERS
-from .shapes import SHAPES
+from .providers import PROVIDERS, within
+from .report import ROOT
+from .shapes import Shape
 
-ROOT = Path(__file__).resolve().parents[1]
 STATUS = Path("/proc/self/status")
 
 
@@ -31,9 +32,10 @@ def status_bytes(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def peak_of_call(op: str, provider: str, problem: Problem) -> dict[str, float]:
+def peak_of_call(op: str, provider: str, workspace_mib: int | None, problem: Problem) -> dict[str, float]:
     case = OPS[op](problem)
-    subject = Subject(provider, PROVIDERS[provider](problem.device)[op])
+    function = PROVIDERS[provider](problem.device)[case.function]
+    subject = Subject(provider, within(function, workspace_mib))
     # The first call starts thread pools, loads libraries and compiles; none of that is the operator's memory.
     prepare(subject, case, "full")[0]()
     call, given = prepare(subject, case, "full")
@@ -46,13 +48,15 @@ def peak_of_call(op: str, provider: str, problem: Problem) -> dict[str, float]:
     return memory_record(extra, bytes_of_results(results, given))
 
 
-def in_subprocess(op: str, provider: str, shape: str, problem: Problem) -> dict[str, float] | None:
+def in_subprocess(
+    op: str, provider: str, workspace_mib: int | None, problem: Problem
+) -> dict[str, float] | None:
     """`peak_of_call` in a new interpreter; None where this system does not tell peaks."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "benchmarks.memory", op, provider, shape]
-    command += [str(problem.tokens), str(problem.batch), str(problem.dtype).removeprefix("torch.")]
-    command += [str(torch.get_num_threads()), str(problem.seed)]
+    fields = {**asdict(problem), "dtype": str(problem.dtype).removeprefix("torch."), "device": "cpu"}
+    command = [sys.executable, "-m", f"{__package__}.memory", op, provider, json.dumps(fields)]
+    command += [str(torch.get_num_threads()), str(workspace_mib or 0)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"measuring memory of {op} by {provider} failed:\n{done.stderr.strip()}")
@@ -63,18 +67,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=OPS)
     parser.add_argument("provider", choices=PROVIDERS)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("tokens", type=int)
-    parser.add_argument("batch", type=int)
-    parser.add_argument("dtype")
+    parser.add_argument("problem", type=json.loads)
     parser.add_argument("threads", type=int)
-    parser.add_argument("seed", type=int)
+    parser.add_argument("workspace_mib", type=int)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    problem = Problem(
-        SHAPES[a.shape], a.tokens, a.batch, getattr(torch, a.dtype), torch.device("cpu"), 1.0, a.seed
-    )
-    print(json.dumps(peak_of_call(a.op, a.provider, problem)))
+    fields = {
+        **a.problem,
+        "shape": Shape(**a.problem["shape"]),
+        "dtype": getattr(torch, a.problem["dtype"]),
+        "device": torch.device("cpu"),
+    }
+    print(json.dumps(peak_of_call(a.op, a.provider, a.workspace_mib or None, Problem(**fields))))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,26 @@ raises `Unavailable` with the reason, and the benchmark goes on without it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from .ops import NORM_EPS
+from .ops import NORM_EPS, mrope_section
 
 Functions = dict[str, Callable]
+
+MEBI = 2**20
 
 
 class Unavailable(RuntimeError):
     """This provider cannot run here."""
+
+
+def within(function: Callable, workspace_mib: int | None) -> Callable:
+    """Our fused linear cross entropy with this limit of its workspace; None for the limit it has."""
+    return functools.partial(function, workspace_bytes=workspace_mib * MEBI) if workspace_mib else function
 
 
 def torch_eager(device: torch.device) -> Functions:
@@ -46,6 +54,15 @@ def torch_eager(device: torch.device) -> Functions:
     def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
 
+    def mrope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        # transformers puts the planes' columns together where it computes the angles.
+        sections = mrope_section(cos.shape[-1]) * 2
+        cos, sin = (
+            torch.cat([part[i % 3] for i, part in enumerate(t.split(sections, dim=-1))], dim=-1)
+            for t in (cos, sin)
+        )
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
     def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
 
@@ -55,6 +72,9 @@ def torch_eager(device: torch.device) -> Functions:
 
     def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.gelu(gate, approximate="tanh") * up
+
+    def geglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
+        return geglu(*gate_up.chunk(2, dim=-1))
 
     def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return ForCausalLMLoss(logits, labels=None, shift_labels=target, vocab_size=logits.shape[-1])
@@ -69,9 +89,11 @@ def torch_eager(device: torch.device) -> Functions:
         "add_rms_norm": add_rms_norm,
         "layer_norm": layer_norm,
         "rope": apply_rotary_pos_emb,
+        "mrope": mrope,
         "swiglu": swiglu,
         "swiglu_packed": swiglu_packed,
         "geglu": geglu,
+        "geglu_packed": geglu_packed,
         "cross_entropy": cross_entropy,
         "fused_linear_cross_entropy": fused_linear_cross_entropy,
     }
@@ -103,14 +125,22 @@ def liger_triton(device: torch.device) -> Functions:
     def swiglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
         return liger.liger_swiglu(*gate_up.chunk(2, dim=-1))  # as LigerPhi3SwiGLUMLP calls it
 
+    def geglu_packed(gate_up: torch.Tensor) -> torch.Tensor:
+        return liger.liger_geglu(*gate_up.chunk(2, dim=-1))
+
+    def mrope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        return liger.liger_qwen2vl_mrope(q, k, cos, sin, mrope_section(cos.shape[-1]))
+
     return {
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
         "layer_norm": layer_norm,
         "rope": liger.liger_rope,
+        "mrope": mrope,
         "swiglu": liger.liger_swiglu,
         "swiglu_packed": swiglu_packed,
         "geglu": liger.liger_geglu,
+        "geglu_packed": geglu_packed,
         "cross_entropy": liger.liger_cross_entropy,
         "fused_linear_cross_entropy": liger.liger_fused_linear_cross_entropy,
     }
@@ -151,14 +181,19 @@ def liger_ops(device: torch.device) -> Functions:
     def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return ours.layer_norm(x, weight, bias, NORM_EPS)
 
+    def mrope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+        return ours.mrope(q, k, cos, sin, mrope_section(cos.shape[-1]))
+
     return {
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
         "layer_norm": layer_norm,
         "rope": ours.rope,
+        "mrope": mrope,
         "swiglu": ours.swiglu,
         "swiglu_packed": ours.swiglu_packed,
         "geglu": ours.geglu,
+        "geglu_packed": ours.geglu_packed,
         "cross_entropy": ours.cross_entropy,
         "fused_linear_cross_entropy": ours.fused_linear_cross_entropy,
     }

@@ -9,22 +9,34 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .claims import Verdict
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
+# The folder that this package is imported from: the checkout, or where the wheel was installed.
+ROOT = Path(__file__).resolve().parents[__package__.count(".") + 1]
+IN_CHECKOUT = __package__ == "benchmarks"
+RESULTS = Path(__file__).resolve().parent / "results" if IN_CHECKOUT else Path.cwd()
 
 # Tables must not fold where the output is a file or a pipe, whose width rich takes for 80.
-out = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-progress = Console(stderr=True, width=None if sys.stderr.isatty() else 150, highlight=False)
+out = Console(width=None if sys.stdout.isatty() else 190, highlight=False)
+progress = Console(stderr=True, width=None if sys.stderr.isatty() else 190, highlight=False)
 
 
 def first_line_of(*command: str) -> str | None:
@@ -62,7 +74,7 @@ def program() -> list[str]:
 
 def environment(device: torch.device, commit: str | None) -> dict:
     """Everything one needs to repeat a run, and nothing about whose machine it was."""
-    head = first_line_of("git", "rev-parse", "HEAD")
+    head = first_line_of("git", "rev-parse", "HEAD") if IN_CHECKOUT else None
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *program(), *sys.argv[1:]]),
@@ -99,10 +111,11 @@ def default_path(environment: dict, kind: str) -> Path:
     return RESULTS / f"{kind}_{device}_{stamp}.json"
 
 
-def write_json(path: Path, document: dict) -> None:
+def write_json(path: Path, document: dict, quiet: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
-    progress.print(f"wrote {path}")
+    if not quiet:
+        progress.print(f"wrote {path}")
 
 
 def digits(value: float) -> str:
@@ -110,32 +123,75 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.4f}"
 
 
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A live bar on a terminal; the function takes what is measured next and counts it.
+
+    It draws between measurements only: a thread that draws would take time from them.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=progress,
+        auto_refresh=False,
+        transient=True,
+        disable=not progress.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        started = False
+
+        def step(description: str) -> None:
+            nonlocal started
+            bar.update(task, description=description, advance=int(started), refresh=True)
+            started = True
+
+        yield step
+
+
+def size_of(row: dict) -> str:
+    """The sizes of a measured case in few words, as `8192 x 4096`."""
+    sizes = row["sizes"]
+    if "head_dim" in sizes:
+        return f"{sizes['tokens']}, {sizes['heads']}/{sizes['kv_heads']} x {sizes['head_dim']}"
+    return " x ".join(map(str, sizes.values()))
+
+
 def print_results(results: list[dict], title: str) -> None:
     table = Table(title=title, title_justify="left", header_style="bold")
     columns = (
         "op",
+        "size",
+        "dtype",
         "mode",
         "provider",
         "ms",
         "p20 - p80",
+        "host µs",
         "vs torch",
         "of floor",
         "peak MiB",
         "beyond results",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name in columns[:3] else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in columns[:5] else "right", no_wrap=True)
     table.add_column("error", justify="right")
     previous = None
     for r in results:
-        if previous and (r["op"], r["mode"]) != previous:
+        case = (r["op"], size_of(r), r["dtype"], r["mode"])
+        if previous and case != previous:
             table.add_section()
-        previous = (r["op"], r["mode"])
+        previous = case
         if "ms" not in r:
-            table.add_row(r["op"], r["mode"], r["provider"], "-", "", "", "", "", "", r["failure"])
+            table.add_row(*case, r["provider"], "-", *[""] * 6, r["failure"])
             continue
         ms, memory = r["ms"], r.get("memory") or {}
+        host = r.get("host_us")
         optional = {
+            "host": f"{host:.0f}{' w' if r.get('waits_for_gpu') else ''}" if host else "",
             "speedup": f"{r['speedup_vs_torch']:.2f}x" if r.get("speedup_vs_torch") else "",
             "floor": f"{100 * r['share_of_floor']:.0f} %" if r.get("share_of_floor") else "",
             "peak": f"{memory['peak_extra_mib']:.0f}" if memory else "",
@@ -145,12 +201,12 @@ def print_results(results: list[dict], title: str) -> None:
         if not ms["quiet"]:
             spread += " !"
         worst = f"{max(r['errors'].values()):.1e}"
-        table.add_row(
-            r["op"], r["mode"], r["provider"], digits(ms["median"]), spread, *optional.values(), worst
-        )
+        table.add_row(*case, r["provider"], digits(ms["median"]), spread, *optional.values(), worst)
     out.print(table)
     if any("ms" in r and not r["ms"]["quiet"] for r in results):
-        out.print("! other programs took cores from these measurements; repeat them on a quiet machine")
+        out.print("! disturbed: other programs took cores, or the GPU waited for the host; repeat these")
+    if any(r.get("waits_for_gpu") for r in results):
+        out.print("w waits for the GPU inside the call, whose time is in its host time")
 
 
 def print_host(rows: list[dict]) -> None:

@@ -1,31 +1,43 @@
-"""Benchmarks the operators beside their peers, on the CPU or on CUDA.
+"""`python -m liger_ops bench`: the operators beside their peers, on the CPU or on CUDA.
 
 Every provider is checked against the reference before it is timed; one that is wrong is reported, not timed.
 The table goes to stdout, progress to stderr, and everything, with versions, device and command, to a JSON
 file.
-
-    python -m benchmarks.run                          all operators, this machine's GPU if it has one
-    python -m benchmarks.run --device cpu --ops rms_norm swiglu --providers torch ours
-    python -m benchmarks.run --host                   host time per call instead of speed
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from . import measure, memory, report
-from .claims import as_json, judge
-from .ops import OPS, Case, Problem, reference
-from .providers import PROVIDERS, Functions, Unavailable
+from .claims import as_json, judge, judge_host
+from .ops import HEAD, LOSSES, OPS, ROWS, Case, Problem, reference
+from .providers import PROVIDERS, Functions, Unavailable, within
 from .shapes import SHAPES
+
+DESCRIPTION = """\
+Times the operators beside their peers, after checking that each computes the right thing, and writes a
+table and a JSON file.
+
+  python -m liger_ops bench                        all operators, on this machine's GPU if it has one
+  python -m liger_ops bench --device cpu --ops rms_norm swiglu --providers torch ours
+  python -m liger_ops bench --quick --ops rms_norm layer_norm --width 1024 8192 --tokens 512 2048
+  python -m liger_ops bench --quick --ops cross_entropy --vocab 32000 256000 --dtype bfloat16 float32
+  python -m liger_ops bench --host                 host time per call on a tiny input
+
+Several shapes, numbers of tokens, dtypes, widths or vocabularies are measured in every combination that an
+operator knows the difference of.
+"""
 
 MODES = ("fwd", "bwd", "full")
 DTYPES = {
@@ -37,31 +49,46 @@ DTYPES = {
 
 # Processes of their own measure memory on the CPU, seconds each: only where memory is what the operator is
 # about.
-CPU_MEMORY_OPS = ("cross_entropy", "fused_linear_cross_entropy")
+CPU_MEMORY_OPS = LOSSES
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
     several = {"nargs": "+", "metavar": "NAME"}
+    numbers = {"nargs": "+", "type": int, "metavar": "N"}
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--ops", **several, default=list(OPS), help=f"of: {', '.join(OPS)}")
     parser.add_argument("--providers", **several, default=list(PROVIDERS), help=f"of: {', '.join(PROVIDERS)}")
     parser.add_argument(
         "--mode", **several, help="of: fwd (no gradients wanted), bwd, full; cpu: full, cuda: all"
     )
-    parser.add_argument("--shape", choices=SHAPES, help="cpu: llama-h512, cuda: llama-3.1-8b")
-    parser.add_argument("--tokens", type=int, help="cpu: 2048, cuda: 8192")
+    parser.add_argument(
+        "--shape", **several, help=f"cpu: llama-h512, cuda: llama-3.1-8b; of: {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--tokens", **numbers, help="cpu: 2048, cuda: 8192")
+    parser.add_argument("--dtype", **several, help=f"cpu: float32, cuda: bfloat16; of: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--width", **numbers, help="of the rows of norms and gated units, in place of the shape's"
+    )
+    parser.add_argument("--vocab", **numbers, help="classes of the losses, in place of the shape's")
+    parser.add_argument(
+        "--workspace",
+        **numbers,
+        help="MiB that our fused linear cross entropy may take, each limit a row; "
+        "cuda: 512 and 128, cpu: what it takes by itself",
+    )
     parser.add_argument(
         "--batch", type=int, default=2, help="sequences the tokens are split into, for rope (2)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="cpu: float32, cuda: bfloat16")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     parser.add_argument(
         "--budget", type=float, metavar="MS", help="time per measurement; cpu: 1500, cuda: 100"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a fifth of the time per measurement and at most 25 samples, for many sizes",
     )
     parser.add_argument(
         "--loss-gradient", type=float, default=1.0, help="upstream gradient of scalar losses (1)"
@@ -69,9 +96,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--queue-ahead",
         type=float,
-        default=0.0,
         metavar="US",
-        help="keep the GPU busy this long before each timed call, to hide host time (0)",
+        help="keep the GPU busy this long before each timed call; by default for as long as the host needs "
+        "to enqueue it, so that the time is the GPU's alone. 0 leaves the host's time in",
     )
     parser.add_argument(
         "--host", action="store_true", help="measure host time per call on a tiny input instead"
@@ -81,27 +108,84 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="commit to record, where this is no git checkout")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="where results go (new in benchmarks/results)"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where results go (a new file in benchmarks/results, or here where there is no checkout)",
     )
-    a = parser.parse_args(argv)
+    parser.set_defaults(usage_error=parser.error)
+
+
+def complete(a: argparse.Namespace) -> None:
+    """Checks what was asked for, and fills in what was not."""
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = a.device == "cuda"
     if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
-    a.shape = a.shape or ("llama-3.1-8b" if cuda else "llama-h512")
-    a.tokens = a.tokens or (8192 if cuda else 2048)
-    a.dtype = a.dtype or ("bfloat16" if cuda else "float32")
+        a.usage_error("--device cuda: torch sees no CUDA device")
+    a.shape = a.shape or ["llama-3.1-8b" if cuda else "llama-h512"]
+    a.tokens = a.tokens or [8192 if cuda else 2048]
+    a.dtype = a.dtype or ["bfloat16" if cuda else "float32"]
     a.budget = a.budget or (100.0 if cuda else 1500.0)
+    a.samples = 200
+    if a.quick:
+        a.budget, a.samples = a.budget / 5, 25
     a.mode = a.mode or (list(MODES) if cuda else ["full"])
-    for option, known in (("ops", OPS), ("providers", PROVIDERS), ("mode", MODES)):
+    # The first limit is the row that is called ours; 0 stands for the operator's own limit.
+    a.workspace = a.workspace or ([512, 128] if cuda else [0])
+    known_names = {
+        "ops": OPS,
+        "providers": PROVIDERS,
+        "mode": MODES,
+        "shape": SHAPES,
+        "dtype": DTYPES,
+    }
+    for option, known in known_names.items():
         names = [name for value in getattr(a, option) for name in value.split(",") if name]
         if unknown := [name for name in names if name not in known]:
-            parser.error(f"--{option}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+            a.usage_error(f"--{option}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
         setattr(a, option, names)
-    if a.tokens % a.batch:
-        parser.error(f"--tokens {a.tokens} must be a multiple of --batch {a.batch}")
-    return a
+    for option in ("tokens", "width", "vocab"):
+        if any(number < 1 for number in getattr(a, option) or ()):
+            a.usage_error(f"--{option}: numbers must be positive")
+    if any(number < 0 for number in a.workspace):
+        a.usage_error("--workspace: numbers must not be negative")
+    if any(tokens % a.batch for tokens in a.tokens):
+        a.usage_error(f"--tokens must be multiples of --batch {a.batch}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An operator at one size."""
+
+    op: str
+    problem: Problem
+    # None where a width or a vocabulary was chosen in place of the model's.
+    shape: str | None
+
+    def record(self) -> dict:
+        p = self.problem
+        return {
+            "op": self.op,
+            "shape": self.shape,
+            "tokens": p.tokens,
+            "batch": p.batch,
+            "dtype": str(p.dtype).removeprefix("torch."),
+        }
+
+
+def jobs(a: argparse.Namespace, device: torch.device) -> Iterator[Job]:
+    for op in a.ops:
+        widths = (op in ROWS and a.width) or [None]
+        vocabularies = (op in LOSSES and a.vocab) or [None]
+        for shape, dtype, tokens, width, vocab in itertools.product(
+            a.shape, a.dtype, a.tokens, widths, vocabularies
+        ):
+            changed = {"hidden": width, "intermediate": width, "vocab": vocab}
+            changed = {name: size for name, size in changed.items() if size}
+            sizes = replace(SHAPES[shape], **changed)
+            problem = Problem(sizes, tokens, a.batch, DTYPES[dtype], device, a.loss_gradient, a.seed)
+            yield Job(op, problem, None if changed else shape)
 
 
 def load_providers(names: list[str], device: torch.device) -> tuple[dict[str, Functions], dict[str, str]]:
@@ -115,12 +199,20 @@ def load_providers(names: list[str], device: torch.device) -> tuple[dict[str, Fu
     return functions, missing
 
 
-def checked_subjects(case: Case, providers: dict[str, Functions]) -> list[measure.Subject]:
-    subjects = [
-        measure.Subject(name, functions[case.op])
-        for name, functions in providers.items()
-        if case.op in functions
-    ]
+def checked_subjects(
+    case: Case, op: str, providers: dict[str, Functions], workspaces: list[int]
+) -> list[measure.Subject]:
+    subjects = []
+    for name, functions in providers.items():
+        if case.function not in functions:
+            continue
+        function = functions[case.function]
+        if name == "ours" and case.function == HEAD:
+            for number, limit in enumerate(workspaces):
+                label = f"ours-{limit}MiB" if number else name
+                subjects.append(measure.Subject(label, within(function, limit), limit or None))
+        else:
+            subjects.append(measure.Subject(name, function))
     expected = reference(case)
     for subject in subjects:
         try:
@@ -129,7 +221,7 @@ def checked_subjects(case: Case, providers: dict[str, Functions]) -> list[measur
         except Exception as error:
             subject.failure = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if subject.failure:
-            report.progress.print(f"  {case.op} {subject.provider}: {subject.failure}")
+            report.progress.print(f"  {op} {subject.provider}: {subject.failure}")
         release()
     return subjects
 
@@ -140,102 +232,148 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def head_products(
+    a: argparse.Namespace, p: Problem, limit: int | None, clock: measure.Clock, done: list[dict]
+) -> dict:
+    """The time of a head's products by the chunks of our own within this workspace; measured once."""
+    rows = measure.chunk_rows(p, limit * measure.MEBI) if clock.cuda and limit else p.tokens
+    dtype = str(p.dtype).removeprefix("torch.")
+    sizes = {"tokens": p.tokens, "hidden": p.shape.hidden, "classes": p.shape.vocab, "dtype": dtype}
+    key = {**sizes, "chunk_rows": rows}
+    for found in done:
+        if key.items() <= found.items():
+            return found
+    times = measure.head_products(p, rows, a.mode, clock, 2 * a.budget if clock.cuda else 200)
+    release()
+    flops = 2 * p.tokens * p.shape.hidden * p.shape.vocab
+    rates = {
+        f"{mode}_flops_per_s": 1e3 * (3 if mode == "full" else 1) * flops / ms for mode, ms in times.items()
+    }
+    done.append({**key, **{f"{mode}_ms": ms for mode, ms in times.items()}, **rates})
+    return done[-1]
+
+
 def measure_op(
-    op: str,
+    job: Job,
     a: argparse.Namespace,
-    problem: Problem,
     providers: dict[str, Functions],
     clock: measure.Clock,
     rates: dict,
+    case: Case,
 ) -> list[dict]:
-    cuda = problem.device.type == "cuda"
+    op, problem, cuda = job.op, job.problem, clock.cuda
     # Shapes are static, so graphs of the previous operator would only use up the recompilation limit.
     torch._dynamo.reset()
-    case = OPS[op](problem)
-    subjects = checked_subjects(case, providers)
+    products = {}
+    if op == HEAD:
+        for limit in a.workspace:
+            products[limit or None] = head_products(a, problem, limit, clock, rates["head_products"])
+    default = next(iter(products), None)
+    subjects = checked_subjects(case, op, providers, a.workspace)
     sound = [s for s in subjects if not s.failure]
     results = []
     for mode in a.mode:
-        timings = measure.time_subjects(sound, case, mode, clock, a.budget) if sound else {}
+        timings = measure.time_subjects(sound, case, mode, clock, a.budget, a.samples) if sound else {}
         floor = case.floor(mode)
-        floor_ms = (
-            floor.milliseconds(rates["copy_bytes_per_s"], rates["floor_flops_per_s"]) if floor else None
-        )
         for subject in subjects:
-            row: dict = {"op": op, "mode": mode, "provider": subject.provider}
+            row: dict = {**job.record(), "sizes": case.sizes, "mode": mode, "provider": subject.provider}
             results.append(row)
+            if subject.workspace_mib:
+                row["workspace_mib"] = subject.workspace_mib
             if subject.failure:
                 row["failure"] = subject.failure
                 continue
-            timing = timings[subject.provider]
-            row |= {"ms": asdict(timing), "floor_ms": floor_ms}
-            row["share_of_floor"] = floor_ms / timing.median if floor_ms else None
+            times = asdict(timings[subject.provider])
+            host_us, waits = times.pop("host_us"), times.pop("waits")
+            row["ms"] = times
+            if cuda:
+                row |= {"host_us": host_us, "waits_for_gpu": waits}
+            row["floor_ms"] = row["share_of_floor"] = None
+            if floor:
+                floor_ms = measure.copy_milliseconds(rates["copies"], floor.moved)
+                if products:
+                    # A peer is compared with the products of our own chunks, the larger ones.
+                    chunks = products.get(subject.workspace_mib, products[default])
+                    floor_ms += chunks[f"{mode}_ms"]
+                    row["chunk_rows"] = chunks["chunk_rows"]
+                row |= {"floor_ms": floor_ms, "share_of_floor": floor_ms / times["median"]}
+                row |= {"least_bytes": floor.moved, "least_flops": floor.flops}
             if "torch" in timings:
-                row["speedup_vs_torch"] = timings["torch"].median / timing.median
+                row["speedup_vs_torch"] = timings["torch"].median / times["median"]
             row |= {"errors": subject.errors, "overwrites": subject.overwrites}
             if not a.no_memory:
                 if cuda:
                     row["memory"] = measure.cuda_memory(subject, case, mode)
                 elif mode == "full" and op in CPU_MEMORY_OPS:
-                    row["memory"] = memory.in_subprocess(op, subject.provider, a.shape, problem)
-            taken = (
-                f"{report.digits(timing.median)} ms ({timing.samples} samples, {timing.disturbed} disturbed)"
-            )
-            report.progress.print(f"  {op} {mode} {subject.provider}: {taken}")
-    del case, subjects, sound
-    release()
+                    name = subject.provider.split("-")[0]
+                    row["memory"] = memory.in_subprocess(op, name, subject.workspace_mib, problem)
+            counts = f"{times['samples']} samples, {times['disturbed']} disturbed"
+            what = f"{op} {report.size_of(row)} {mode} {subject.provider}"
+            report.progress.print(f"  {what}: {report.digits(times['median'])} ms ({counts})")
     return results
 
 
 def measure_speed(
-    a: argparse.Namespace, device: torch.device, providers: dict[str, Functions]
-) -> tuple[dict, bool]:
-    problem = Problem(SHAPES[a.shape], a.tokens, a.batch, DTYPES[a.dtype], device, a.loss_gradient, a.seed)
+    a: argparse.Namespace, device: torch.device, providers: dict[str, Functions], document: dict
+) -> bool:
     clock = measure.Clock(device, a.queue_ahead)
     report.progress.print("measuring this machine's copy and product rates")
+    copies = measure.copies(device, clock)
+    dtype = DTYPES[a.dtype[0]]
     rates = {
-        "copy_bytes_per_s": measure.copy_rate(device, clock),
-        "product_flops_per_s": measure.product_rate(device, problem.dtype, clock),
+        "copies": copies,
+        "copy_bytes_per_s": copies[-1]["bytes_per_s"],
+        "product_flops_per_s": measure.product_rate(device, dtype, clock),
+        "head_products": [],
     }
-    rates["floor_flops_per_s"] = rates["product_flops_per_s"]
-    if "fused_linear_cross_entropy" in a.ops:
-        release()
-        rates["floor_flops_per_s"] = measure.head_products_rate(problem, clock)
-        release()
+    release()
     results: list[dict] = []
-    for number, op in enumerate(a.ops, start=1):
-        report.progress.print(f"[{number}/{len(a.ops)}] {op}: checking, then timing")
-        results += measure_op(op, a, problem, providers, clock, rates)
+    settings = {"loss_gradient": a.loss_gradient, "seed": a.seed, "quick": a.quick, "budget_ms": a.budget}
+    settings["queue_ahead_us"] = "host time" if a.queue_ahead is None else a.queue_ahead
+    document |= {"settings": settings, "rates": rates, "results": results}
+    known: set[str] = set()
+    todo = list(jobs(a, device))
+    with report.progress_bar(len(todo)) as step:
+        for job in todo:
+            step(job.op)
+            case = None
+            try:
+                case = OPS[job.op](job.problem)
+                # Two shapes can be the same to an operator.
+                key = f"{job.op} {case.sizes} {job.problem.dtype}"
+                if key not in known:
+                    report.progress.print(f"{key}: checking, then timing")
+                    results += measure_op(job, a, providers, clock, rates, case)
+                known.add(key)
+            except torch.OutOfMemoryError as error:
+                failure = f"out of memory: {str(error).splitlines()[0]}"
+                report.progress.print(f"  {job.op}: {failure}")
+                row = {**job.record(), "sizes": case.sizes if case else {}, "mode": "all", "provider": "all"}
+                results.append({**row, "failure": failure})
+            case = None
+            release()
+            # What is measured is kept, whatever becomes of the rest.
+            report.write_json(a.json, document, quiet=True)
     machine = report.processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     title = (
-        f"{a.shape}, {a.tokens} tokens, {a.dtype}, {machine}\n"
-        f"copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
-        f"large product {rates['product_flops_per_s'] / 1e12:.3g} TFLOP/s, "
-        f"products in the floor {rates['floor_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        f"{machine}: copy {copies[-1]['bytes_per_s'] / 1e9:.0f} GB/s, "
+        f"large product {rates['product_flops_per_s'] / 1e12:.3g} TFLOP/s"
     )
     report.print_results(results, title)
-    verdicts = judge(results, device.type, a.tokens)
+    verdicts = judge(results, device.type)
     report.print_verdicts(verdicts)
-    sizes = {
-        "shape": a.shape,
-        **asdict(problem.shape),
-        "tokens": a.tokens,
-        "batch": a.batch,
-        "dtype": a.dtype,
-    }
-    sizes |= {"loss_gradient": a.loss_gradient, "queue_ahead_us": a.queue_ahead, "seed": a.seed}
+    document["claims"] = as_json(verdicts)
     # A peer that fails is a result; this package failing is an error.
-    ok = not any("failure" in r for r in results if r["provider"] == "ours")
-    ok &= not a.strict or all(v.holds for v in verdicts)
-    return {"sizes": sizes, "rates": rates, "results": results, "claims": as_json(verdicts)}, ok
+    ok = not any("failure" in r for r in results if r["provider"].startswith("ours"))
+    return ok and (not a.strict or all(v.holds for v in verdicts))
 
 
 def measure_host(
-    a: argparse.Namespace, device: torch.device, providers: dict[str, Functions]
-) -> tuple[dict, bool]:
+    a: argparse.Namespace, device: torch.device, providers: dict[str, Functions], document: dict
+) -> bool:
     """Host time, beside `F.layer_norm`: an operator of PyTorch itself, without Python on its way."""
     cuda = device.type == "cuda"
-    problem = Problem(SHAPES["host"], 8, 1, DTYPES[a.dtype], device, a.loss_gradient, a.seed)
+    problem = Problem(SHAPES["host"], 8, 1, DTYPES[a.dtype[0]], device, a.loss_gradient, a.seed)
     x, weight, bias = (
         torch.randn(s, device=device, dtype=problem.dtype) for s in ((8, 1024), (1024,), (1024,))
     )
@@ -263,36 +401,45 @@ def measure_host(
             lambda: torch.autograd.grad(yardstick(), (x, weight, bias), upstream),
         )
     ]
-    for op in a.ops:
-        case = OPS[op](problem)
-        torch._dynamo.reset()
-        for subject in checked_subjects(case, providers):
-            if subject.failure:
-                continue
-            # The inputs are not refreshed between calls: that would be host time too. In-place peers go on
-            # with what they left behind, which changes values but not the work.
-            arguments = [
-                t.clone().requires_grad_(d) for t, d in zip(case.arguments, case.differentiable, strict=True)
-            ]
-            wanted = [t for t in arguments if t.requires_grad]
-            gradients = [
-                g.to(dtype) for g, dtype in zip(case.output_gradients, subject.output_dtypes, strict=True)
-            ]
-            plain = [t.detach() for t in arguments]
+    with report.progress_bar(len(a.ops)) as step:
+        for op in a.ops:
+            step(op)
+            case = OPS[op](problem)
+            torch._dynamo.reset()
+            for subject in checked_subjects(case, op, providers, a.workspace[:1]):
+                if subject.failure:
+                    continue
+                # The inputs are not refreshed between calls: that would be host time too. In-place peers go
+                # on with what they left behind, which changes values but not the work.
+                arguments = [
+                    t.clone().requires_grad_(d)
+                    for t, d in zip(case.arguments, case.differentiable, strict=True)
+                ]
+                wanted = [t for t in arguments if t.requires_grad]
+                gradients = [
+                    g.to(dtype) for g, dtype in zip(case.output_gradients, subject.output_dtypes, strict=True)
+                ]
+                plain = [t.detach() for t in arguments]
 
-            def forward(f=subject.function, plain=plain) -> object:
-                return f(*plain)
+                def forward(f=subject.function, plain=plain) -> object:
+                    return f(*plain)
 
-            def full(f=subject.function, arguments=arguments, wanted=wanted, gradients=gradients) -> object:
-                return torch.autograd.grad(f(*arguments), wanted, gradients)
+                def full(
+                    f=subject.function, arguments=arguments, wanted=wanted, gradients=gradients
+                ) -> object:
+                    return torch.autograd.grad(f(*arguments), wanted, gradients)
 
-            rows.append(row(op, subject.provider, forward, full))
+                rows.append(row(op, subject.provider, forward, full))
     report.print_host(rows)
-    return {"host": rows}, True
+    verdicts = judge_host(rows)
+    report.print_verdicts(verdicts)
+    document |= {"host": rows, "claims": as_json(verdicts)}
+    return not a.strict or all(v.holds for v in verdicts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    a = parse(argv)
+def run(a: argparse.Namespace) -> int:
+    """The command; returns the exit status."""
+    complete(a)
     started = time.perf_counter()
     # On inputs this small a second thread costs more than it does, and would be timed as host time.
     torch.set_num_threads(1 if a.host else a.threads)
@@ -301,13 +448,12 @@ def main(argv: list[str] | None = None) -> int:
     if (load := os.getloadavg()[0]) > 0.5 and device.type == "cpu":
         report.progress.print(f"others keep this machine busy (load {load:.1f}): CPU times will be noisy")
     document = {"environment": report.environment(device, a.commit), "missing_providers": missing}
-    measured, ok = (measure_host if a.host else measure_speed)(a, device, providers)
-    document |= measured
-    path = a.json or report.default_path(document["environment"], "host" if a.host else "ops")
-    report.write_json(path, document)
+    a.json = a.json or report.default_path(document["environment"], "host" if a.host else "ops")
+    ok = (measure_host if a.host else measure_speed)(a, device, providers, document)
+    report.write_json(a.json, document)
     report.progress.print(f"done in {time.perf_counter() - started:.0f} s")
     return 0 if ok else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit("the benchmark is a command of the package: python -m liger_ops bench")

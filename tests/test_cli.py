@@ -20,6 +20,21 @@ def test_as_a_module():
     assert "liger::rms_norm" in finished.stdout
 
 
+def test_bench_says_what_it_needs(monkeypatch):
+    # The benchmark's modules may be there from other tests.
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(SystemExit, match="pip install rich"):
+        main(["bench"])
+
+
+def test_other_commands_do_not_load_the_benchmark():
+    code = "import sys; from liger_ops.cli import main; main(['info']); sys.exit('benchmarks' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 def test_info_table(capsys):
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from tests.reference.rms_norm import rms_norm
+from .rms_norm import rms_norm
 
 
 def add_rms_norm(

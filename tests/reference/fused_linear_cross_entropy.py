@@ -2,7 +2,8 @@ import torch
 from torch import Tensor
 
 from liger_ops.functional import CrossEntropyOutput
-from tests.reference.cross_entropy import cross_entropy
+
+from .cross_entropy import cross_entropy
 
 
 def fused_linear_cross_entropy(
