@@ -1,13 +1,5 @@
 #include "cuda/cross_entropy.cuh"
 
-#include <c10/cuda/CUDAMacros.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <string_view>
-
-#include "cuda/cross_entropy_one_read.cuh"
 #include "cuda/launch.h"
 #include "ops/cross_entropy_rows.h"
 
@@ -97,142 +89,6 @@ void dispatch_threads(int64_t cols, const F& launch) {
   }
 }
 
-constexpr int kStagedThreads = 512;
-// Cluster sizes: 1, 2, ... kMaxRanks.
-constexpr int kRanks = 5;
-static_assert(1 << (kRanks - 1) == cuda::kMaxRanks);
-
-// How cross_entropy_staged_kernel is launched. clusters: 0 where it cannot be.
-struct StagedLaunch {
-  int ranks, stages, stage_bytes, shared_bytes, clusters;
-};
-
-cudaLaunchConfig_t staged_config(
-    cudaLaunchAttribute& cluster, const StagedLaunch& launch, cudaStream_t stream) {
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned int>(launch.ranks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(launch.clusters * launch.ranks));
-  config.blockDim = dim3(kStagedThreads);
-  config.dynamicSmemBytes = launch.shared_bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return config;
-}
-
-struct StagedCapacity {
-  int shared_bytes, clusters;
-};
-
-// The shared memory for a block of which a multiprocessor is to hold `resident`, and how many clusters of
-// `ranks` such blocks the device runs at once: 0 where it does not have such.
-template <typename Kernel>
-StagedCapacity query_capacity(Kernel kernel, int resident, int ranks) {
-  const auto* properties = at::cuda::getCurrentDeviceProperties();
-  cudaFuncAttributes attributes;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  // Under sm_90, and where the code of an older architecture runs, the kernel does nothing.
-  if (properties->major < 9 || attributes.ptxVersion < 90) return {};
-  const auto fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
-  const auto largest = static_cast<int64_t>(properties->sharedMemPerBlockOptin) - fixed;
-  const auto share = static_cast<int64_t>(properties->sharedMemPerMultiprocessor) / resident -
-      static_cast<int64_t>(properties->reservedSharedMemPerBlock) - fixed;
-  const auto most = std::min(share, largest);
-  if (most < 0) return {};
-  StagedCapacity capacity{.shared_bytes = static_cast<int>(most / 128 * 128), .clusters = 0};
-  cudaLaunchAttribute cluster;
-  const auto config =
-      staged_config(cluster, {.ranks = ranks, .shared_bytes = capacity.shared_bytes, .clusters = 1}, nullptr);
-  const bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                        static_cast<int>(largest)) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-          cudaSharedmemCarveoutMaxShared) == cudaSuccess &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&capacity.clusters, kernel, &config) == cudaSuccess;
-  if (!fits) {
-    cudaGetLastError();  // clears it
-    capacity.clusters = 0;
-  }
-  return capacity;
-}
-
-// query_capacity, asked once of a device.
-template <typename Kernel>
-class StagedCapacities {
- public:
-  StagedCapacity of(Kernel kernel, int resident, int log_ranks) {
-    auto& known = known_[at::cuda::current_device()][resident - 1][log_ranks];
-    uint64_t packed = known.load(std::memory_order_relaxed);
-    if (packed == 0) {
-      const auto capacity = query_capacity(kernel, resident, 1 << log_ranks);
-      packed = kKnown | static_cast<uint64_t>(capacity.clusters) << 32 |
-          static_cast<uint64_t>(capacity.shared_bytes);
-      known.store(packed, std::memory_order_relaxed);
-    }
-    return {.shared_bytes = static_cast<int>(packed & 0xffffffffu),
-        .clusters = static_cast<int>((packed & ~kKnown) >> 32)};
-  }
-
- private:
-  static constexpr uint64_t kKnown = uint64_t{1} << 63;
-  std::atomic<uint64_t> known_[C10_COMPILE_TIME_MAX_GPUS][2][kRanks] = {};
-};
-
-// Two blocks a multiprocessor if their stages fit, of as few ranks as will do.
-template <typename Kernel>
-StagedLaunch plan_staged(
-    StagedCapacities<Kernel>& capacities, Kernel kernel, int64_t rows, int64_t cols, int64_t vector) {
-  for (const int resident : {2, 1}) {
-    for (int log_ranks = 0; log_ranks < kRanks; ++log_ranks) {
-      const int ranks = 1 << log_ranks;
-      const int64_t per_block = (cols / vector + ranks - 1) / ranks;
-      const int64_t stage_bytes = std::max<int64_t>(per_block, 1) * 16;
-      const auto [shared_bytes, clusters] = capacities.of(kernel, resident, log_ranks);
-      if (clusters == 0 || stage_bytes > shared_bytes / cuda::kMinStages) continue;
-      return {.ranks = ranks,
-          .stages = static_cast<int>(std::min<int64_t>(cuda::kMaxStages, shared_bytes / stage_bytes)),
-          .stage_bytes = static_cast<int>(stage_bytes),
-          .shared_bytes = shared_bytes,
-          .clusters = static_cast<int>(std::min<int64_t>(clusters, rows))};
-    }
-  }
-  return {};
-}
-
-// LIGER_OPS_CROSS_ENTROPY=two_pass leaves the kernels that read once aside, to measure and test the others.
-bool two_pass_forced() {
-  const char* value = std::getenv("LIGER_OPS_CROSS_ENTROPY");
-  return value != nullptr && std::string_view(value) == "two_pass";
-}
-
-// Loss and gradient with one read, where a kernel for it fits the rows and the device.
-template <typename T, bool PLAIN, bool ARGMAX>
-bool launch_one_read(
-    const CrossEntropyRows& args, const cuda::CrossEntropyArguments<T>& arguments, cudaStream_t stream) {
-  constexpr int kVectors = 4;
-  const int64_t rows = args.logits.size(0), cols = args.logits.size(1);
-  const auto launch_registers = [&](auto threads) {
-    if (cols > cuda::kRegistersClasses<T, threads(), kVectors>) return false;
-    cuda::cross_entropy_registers_kernel<T, PLAIN, ARGMAX, threads(), kVectors>
-        <<<cuda::grid_size(args.op, rows, 1), threads(), 0, stream>>>(arguments);
-    return true;
-  };
-  if (launch_registers(std::integral_constant<int, 128>{}) ||
-      launch_registers(std::integral_constant<int, 256>{}) ||
-      launch_registers(std::integral_constant<int, 512>{})) {
-    return true;
-  }
-  auto* kernel = cuda::cross_entropy_staged_kernel<T, PLAIN, ARGMAX, kStagedThreads>;
-  static StagedCapacities<decltype(kernel)> capacities;
-  const auto launch = plan_staged(capacities, kernel, rows, cols, cuda::kVecSize<T>);
-  if (launch.clusters == 0) return false;
-  cudaLaunchAttribute cluster;
-  const auto config = staged_config(cluster, launch, stream);
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments, launch.stages, launch.stage_bytes));
-  return true;
-}
-
 void forward_cuda(const CrossEntropyRows& args) {
   if (args.logits.size(0) == 0) return;
   const auto blocks = cuda::grid_size(args.op, args.logits.size(0), 1);
@@ -248,9 +104,6 @@ void forward_cuda(const CrossEntropyRows& args) {
         cuda::cross_entropy_forward_kernel<T, plain(), false, argmax(), kThreads>
             <<<blocks, kThreads, 0, stream>>>(arguments);
         return;
-      }
-      if constexpr (!std::is_same_v<T, double>) {
-        if (!two_pass_forced() && launch_one_read<T, plain(), argmax()>(args, arguments, stream)) return;
       }
       dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
         cuda::cross_entropy_forward_kernel<T, plain(), true, argmax(), threads()>

@@ -67,18 +67,11 @@ struct CrossEntropyArguments {
   bool divide;  // see ops/cross_entropy_rows.h
 };
 
-// The fast exponential errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients. It
-// has no denormal results, which are nothing beside the largest term and in a gradient.
-__device__ __forceinline__ float fast_exponential(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
-  return result;
-}
-
+// The fast exponential errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients.
 template <typename T>
 __device__ __forceinline__ Accumulate<T> exponential(Accumulate<T> x) {
   if constexpr (sizeof(T) == 2) {
-    return fast_exponential(x);
+    return __expf(x);
   } else if constexpr (sizeof(T) == 4) {
     return expf(x);
   } else {
@@ -310,114 +303,46 @@ struct RunningStatistics {
 
   template <int N>
   __device__ __forceinline__ void add(const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
-    add(args, reinterpret_cast<const T(&)[1][N]>(values), col, 0, 1);
-  }
-
-  // `count` of the vectors, which are `step` columns apart, in rising order; the others must hold -inf.
-  template <int VECTORS, int N>
-  __device__ __forceinline__ void add(
-      const CrossEntropyArguments<T>& args, const T (&values)[VECTORS][N], int col, int step, int count) {
-    A y[VECTORS][N];
+    A y[N];
     A most = max;
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        y[v][i] = soft_capped<T, PLAIN>(widen(values[v][i]), args.softcap);
-        // The soft-cap makes a finite number of -inf.
-        if (!PLAIN && v >= count) y[v][i] = -std::numeric_limits<A>::infinity();
-        most = larger(most, y[v][i]);
-      }
+    for (int i = 0; i < N; ++i) {
+      y[i] = soft_capped<T, PLAIN>(widen(values[i]), args.softcap);
+      most = larger(most, y[i]);
     }
     const A scale = exponential<T>(max - most);
     sum *= scale;
     low *= scale;
     max = most;
+    A terms = 0;
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      A terms = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) terms += exponential<T>(y[v][i] - most);
-      add_compensated(sum, low, terms);
-    }
+    for (int i = 0; i < N; ++i) terms += exponential<T>(y[i] - most);
+    add_compensated(sum, low, terms);
     if constexpr (ARGMAX) {
       // Of the logits themselves: soft-capped, different ones may round to the same.
       A largest = most;
       if constexpr (!PLAIN) {
-        largest = widen(values[0][0]);
+        largest = widen(values[0]);
 #pragma unroll
-        for (int i = 1; i < VECTORS * N; ++i) largest = larger(largest, widen(values[i / N][i % N]));
+        for (int i = 1; i < N; ++i) largest = larger(largest, widen(values[i]));
       }
       // The elements are looked at one by one when there is something to find, which is rare: a new maximum,
       // or a NaN, which passes by `larger` but not by the sum.
       if (largest > first.value || sum != sum) {
 #pragma unroll
-        for (int i = 0; i < VECTORS * N; ++i)
-          first.add(widen(values[i / N][i % N]), col + i / N * step + i % N);
+        for (int i = 0; i < N; ++i) first.add(widen(values[i]), col + i);
       }
     }
     if constexpr (!PLAIN) {
       if (args.label_smoothing != 0) {
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          if (v >= count) break;
-#pragma unroll
-          for (int i = 0; i < N; ++i) {
-            weighted +=
-                (args.weight == nullptr ? A(1) : args.weight[col + v * step + i]) * (y[v][i] - y_target);
-          }
+        for (int i = 0; i < N; ++i) {
+          weighted += (args.weight == nullptr ? A(1) : args.weight[col + i]) * (y[i] - y_target);
         }
       }
     }
   }
 };
-
-// lse + lse_low, and the logarithm of the sum.
-template <typename A>
-__device__ __forceinline__ double log_sum_exp(const MaxAndSum<A>& total, A& lse, A& lse_low) {
-  const double max = total.max;
-  const double log_sum = log(static_cast<double>(total.sum) + static_cast<double>(total.low));
-  lse = static_cast<A>(max + log_sum);
-  lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
-  return log_sum;
-}
-
-// What forward leaves of a row whose target counts, by one thread: in float64 but for the results.
-template <typename T, bool PLAIN>
-__device__ __forceinline__ void write_results(const CrossEntropyArguments<T>& args, int64_t row,
-    int64_t target, Accumulate<T> y_target, const MaxAndSum<Accumulate<T>>& total, double weighted,
-    Accumulate<T>& lse, Accumulate<T>& lse_low) {
-  using A = Accumulate<T>;
-  const double log_sum = log_sum_exp(total, lse, lse_low);
-  args.lse[row] = lse;
-  if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
-  const double smoothing = args.label_smoothing;
-  const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
-  const double neg_log_p = (static_cast<double>(total.max) - static_cast<double>(y_target)) + log_sum;
-  double loss = (1 - smoothing) * target_weight * neg_log_p;
-  if constexpr (!PLAIN) {
-    if (smoothing != 0) {
-      const double weight_sum = args.totals[2];
-      loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
-    }
-  }
-  if (args.use_token_scaling) {
-    const double p = exp(-neg_log_p);
-    loss *= p;
-    args.row_scale[row] = static_cast<A>(p);
-  }
-  args.ce[row] = static_cast<A>(loss);
-}
-
-// Likewise of a row that is ignored.
-template <bool ARGMAX, typename T>
-__device__ __forceinline__ void write_ignored_results(const CrossEntropyArguments<T>& args, int64_t row) {
-  args.ce[row] = 0;
-  args.lse[row] = 0;
-  if (args.lse_low != nullptr) args.lse_low[row] = 0;
-  if (args.row_scale != nullptr) args.row_scale[row] = 0;
-  if constexpr (ARGMAX) args.predicted[row] = -1;
-}
 
 // GRADIENT: also writes the gradient, into dlogits. ARGMAX: also writes the predicted class. The registers of
 // a multiprocessor hold 1024 / THREADS blocks: with a row a block, that is the number of rows in flight.
@@ -447,7 +372,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
   const int lane = threadIdx.x;
   // cross_entropy_totals_kernel reported targets out of range; here they must do no harm.
   if (target == args.ignore_index || target < 0 || target >= args.cols) {
-    if (lane == 0) write_ignored_results<ARGMAX>(args, row);
+    if (lane == 0) {
+      args.ce[row] = 0;
+      if (args.lse_low != nullptr) args.lse_low[row] = 0;
+      args.lse[row] = 0;
+      if (args.row_scale != nullptr) args.row_scale[row] = 0;
+      if constexpr (ARGMAX) args.predicted[row] = -1;
+    }
     if constexpr (GRADIENT) write_zeros<T, THREADS>(dx, args.cols);
     return;
   }
@@ -496,8 +427,28 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
       ReducePair(storage.pair).Reduce(Pair{running.max, running.sum, running.low}, CombineMaxAndSum<T>{});
   if (lane == 0) {
     const A y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
-    A lse, lse_low;
-    write_results<T, PLAIN>(args, row, target, y_target, total, weighted, lse, lse_low);
+    const double max = total.max;
+    const double log_sum = log(static_cast<double>(total.sum) + static_cast<double>(total.low));
+    const A lse = static_cast<A>(max + log_sum);
+    const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
+    args.lse[row] = lse;
+    if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
+    const double smoothing = args.label_smoothing;
+    const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
+    const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
+    double loss = (1 - smoothing) * target_weight * neg_log_p;
+    if constexpr (!PLAIN) {
+      if (smoothing != 0) {
+        const double weight_sum = args.totals[2];
+        loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
+      }
+    }
+    if (args.use_token_scaling) {
+      const double p = exp(-neg_log_p);
+      loss *= p;
+      args.row_scale[row] = static_cast<A>(p);
+    }
+    args.ce[row] = static_cast<A>(loss);
     shared_lse = lse;
     shared_lse_low = lse_low;
     shared_y_target = y_target;
