@@ -46,28 +46,48 @@ def test_training_steps(family, device):
     assert losses == pytest.approx(stock_losses, rel=1e-5)
 
 
-def assert_no_worse(actual, stock, exact):
-    """Against fp32, loss and each gradient of the patched model are as close as those of the stock one."""
-    (loss, gradients), (stock_loss, stock_gradients), (exact_loss, exact_gradients) = actual, stock, exact
-    # Rounding errors of the two are independent, so at this size either may come out a little ahead.
+# How one step's roundings fall is luck, which for a gate of one element may go far either way.
+SEEDS = range(6)
+
+
+def root_mean_square(values):
+    return torch.stack(values).square().mean().sqrt()
+
+
+def assert_no_worse(steps):
+    """Against fp32, loss and each gradient of the patched model are as close as those of the stock one.
+
+    `steps`: for each seed, loss and gradients of the patched model, of the stock one, and of fp32.
+    """
     slack = 1.5
-    assert abs(loss - exact_loss) <= slack * abs(stock_loss - exact_loss) + 2e-3 * abs(exact_loss)
-    total = torch.stack([gradient.norm() for gradient in exact_gradients.values()]).norm()
-    for name, exact_gradient in exact_gradients.items():
-        assert gradients[name].dtype == stock_gradients[name].dtype
-        error = (gradients[name].float() - exact_gradient).norm()
-        stock_error = (stock_gradients[name].float() - exact_gradient).norm()
-        assert error <= slack * stock_error + 2e-3 * exact_gradient.norm() + 1e-5 * total, name
+    losses = [torch.stack([loss.double() for loss, _ in step]) for step in steps]
+    error, stock_error = (root_mean_square([loss[i] - loss[2] for loss in losses]) for i in (0, 1))
+    assert error <= slack * stock_error + 2e-3 * losses[0][2].abs()
+    total = torch.stack([gradient.norm() for gradient in steps[0][2][1].values()]).norm()
+    for name in steps[0][2][1]:
+        ours, stocks, exacts = zip(
+            *([gradients[name] for _, gradients in step] for step in steps), strict=True
+        )
+        assert ours[0].dtype == stocks[0].dtype
+        error, stock_error = (
+            root_mean_square([(a.float() - b).norm() for a, b in zip(some, exacts, strict=True)])
+            for some in (ours, stocks)
+        )
+        size = root_mean_square([exact.norm() for exact in exacts])
+        assert error <= slack * stock_error + 2e-3 * size + 1e-5 * total, name
 
 
 def test_bfloat16(family, device):
     model, stock = pair(family, device, dtype=torch.bfloat16)
     exact = twin(stock).float()
-    inputs = batch(device, family=family)
-    results = [step(one, **inputs) for one in (model, stock, exact)]
-    assert results[0][0].dtype == results[1][0].dtype == torch.float32
-    assert all(gradient.dtype == torch.bfloat16 for gradient in results[0][1].values())
-    assert_no_worse(*results)
+    steps = []
+    for seed in SEEDS:
+        inputs = batch(device, seed, family=family)
+        steps.append([step(one, **inputs) for one in (model, stock, exact)])
+    for results in steps:
+        assert results[0][0].dtype == results[1][0].dtype == torch.float32
+        assert all(gradient.dtype == torch.bfloat16 for gradient in results[0][1].values())
+    assert_no_worse(steps)
 
 
 def test_bfloat16_training(family, device):
@@ -85,11 +105,17 @@ def test_bfloat16_training(family, device):
 
 def test_autocast(family, device):
     model, stock = pair(family, device)
-    exact = step(stock, **batch(device, family=family))
-    with torch.autocast(device, torch.bfloat16):
-        results = [step(one, **batch(device, family=family)) for one in (model, stock)]
-    assert results[0][0].dtype == torch.float32
-    assert_no_worse(*results, exact)
+    if family == "mixtral":
+        # Autocast does not reach transformers' grouped products, which stay in fp32, as it does these.
+        stock.set_experts_implementation("eager")
+    steps = []
+    for seed in SEEDS:
+        inputs = batch(device, seed, family=family)
+        with torch.autocast(device, torch.bfloat16):
+            results = [step(one, **inputs) for one in (model, stock)]
+        assert results[0][0].dtype == torch.float32
+        steps.append([*results, step(stock, **inputs)])
+    assert_no_worse(steps)
 
 
 @pytest.mark.parametrize("others", [torch.bfloat16, torch.float32])

@@ -168,7 +168,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("family", "kind", "wrong", "comparison"), WRONG, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("family", "kind", "wrong", "comparison"), WRONG, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_wrong_record_shows(family, kind, wrong, comparison, device, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "wrong_eps", 1e-4, raising=False)
     # Right for Phi-3 is SiLU, for Gemma the GELU by tanh.
