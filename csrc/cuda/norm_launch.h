@@ -23,6 +23,7 @@ struct RowConfig {
 // does.
 template <typename F>
 bool with_forward_config(int64_t vectors, const F& f) {
+  if (vectors <= 16) return f(RowConfig<1, 16, 16>{}), true;
   if (vectors <= 32) return f(RowConfig<1, 32, 4>{}), true;
   if (vectors <= 64) return f(RowConfig<2, 32, 4>{}), true;
   if (vectors <= 128) return f(RowConfig<4, 32, 4>{}), true;

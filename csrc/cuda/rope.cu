@@ -72,7 +72,9 @@ TensorPair rotate(const Rotation& rotation) {
     const auto launch = [&](auto vec) {
       const int columns = std::max(1, rotary_dim / 2 / vec());
       const int lanes = std::min(columns, cuda::kRopeThreads);
-      const dim3 threads(lanes, std::max(1, std::min<int>(cuda::kRopeThreads / lanes, heads)));
+      // As many heads at once as fit, evenly over the rounds that takes.
+      const int64_t at_once = cuda::kRopeThreads / lanes, rounds = (heads + at_once - 1) / at_once;
+      const dim3 threads(lanes, static_cast<unsigned int>((heads + rounds - 1) / rounds));
       const auto kernel = rotation.interleaved
           ? (rotation.backward ? cuda::rope_kernel<T, C, vec(), true, true>
                                : cuda::rope_kernel<T, C, vec(), true, false>)

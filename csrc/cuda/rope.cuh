@@ -11,7 +11,7 @@
 
 namespace liger::cuda {
 
-constexpr int kRopeThreads = 128;
+constexpr int kRopeThreads = 256;
 
 // The strides are in elements; the last dimension of x and out has stride 1.
 template <typename T>

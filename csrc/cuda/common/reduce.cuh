@@ -35,29 +35,29 @@ struct Tuple {
   A data[N];
 };
 
-// Sum over WIDTH neighbouring lanes of a warp, in each of them.
+// Sum over WIDTH neighbouring lanes of a warp, in each of them. `lanes` are those that take part.
 template <int WIDTH = 32, typename A>
-__device__ __forceinline__ A warp_sum(A value) {
+__device__ __forceinline__ A warp_sum(A value, unsigned int lanes = 0xffffffffu) {
 #pragma unroll
-  for (int offset = WIDTH / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = WIDTH / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(lanes, value, offset);
   return value;
 }
 template <int WIDTH = 32, typename A, int N>
-__device__ __forceinline__ Tuple<A, N> warp_sum(Tuple<A, N> value) {
+__device__ __forceinline__ Tuple<A, N> warp_sum(Tuple<A, N> value, unsigned int lanes = 0xffffffffu) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) value.data[i] = warp_sum<WIDTH>(value.data[i]);
+  for (int i = 0; i < N; ++i) value.data[i] = warp_sum<WIDTH>(value.data[i], lanes);
   return value;
 }
 
 // Sum over the TPR threads that share a row, in each of them and in a fixed order. RPB rows share a block; a
-// row is a warp, or the whole block. V is a number or a Tuple.
+// row is half a warp, a warp, or the whole block. V is a number or a Tuple.
 //
 // One barrier a call: two buffers alternate, so a thread that runs ahead writes where nobody reads any more
 // (whoever reads the sums of the call before last would not have passed the last call's barrier).
 template <typename V, int TPR, int RPB>
 class RowSum {
-  static_assert(TPR == 32 || RPB == 1);
-  static constexpr int kWarps = TPR / 32;
+  static_assert(TPR == 16 || TPR == 32 || RPB == 1);
+  static constexpr int kWarps = TPR < 32 ? 1 : TPR / 32;
   static_assert(kWarps <= 32 && (kWarps & (kWarps - 1)) == 0);
 
  public:
@@ -68,6 +68,11 @@ class RowSum {
   __device__ __forceinline__ explicit RowSum(Storage& storage) : storage_(storage) {}
 
   __device__ __forceinline__ V all(V value) {
+    if constexpr (TPR < 32) {
+      // The halves of a warp may have different numbers of rows, so each waits for its own lanes alone.
+      constexpr unsigned int kLanes = (1u << TPR) - 1;
+      return warp_sum<TPR>(value, kLanes << (threadIdx.x % 32 / TPR * TPR));
+    }
     value = warp_sum(value);
     if constexpr (kWarps > 1) {
       V* warps = storage_.warps[buffer_];
