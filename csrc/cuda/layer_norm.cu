@@ -16,8 +16,8 @@ namespace {
 template <typename F>
 bool with_backward_config(int64_t vectors, const F& f) {
   using cuda::RowConfig;
-  if (vectors <= 16) return f(RowConfig<1, 16, 16, 3>{}), true;
-  if (vectors <= 32) return f(RowConfig<1, 32, 8, 3>{}), true;
+  if (vectors <= 16) return f(RowConfig<1, 16, 16, 4>{}), true;
+  if (vectors <= 32) return f(RowConfig<1, 32, 8, 4>{}), true;
   if (vectors <= 64) return f(RowConfig<2, 32, 8, 2>{}), true;
   if (vectors <= 128) return f(RowConfig<1, 128, 1, 8>{}), true;
   if (vectors <= 256) return f(RowConfig<1, 256, 1, 4>{}), true;

@@ -2,7 +2,7 @@
 
 // LayerNorm over rows (ops/layer_norm.h): n = (x - mean) * rstd, y = n * weight + bias.
 //
-// Forward: TPR threads own a row and keep it in registers, NV vectors of VEC elements each; rows of one warp
+// Forward: TPR threads own a row and keep it in registers, NV vectors of VEC elements each; rows of a warp
 // share a block. The first reduction gives a center near the mean; the second, over d = x - center, the
 // variance and what rounding left of the mean, so nothing cancels however large the mean is. Bytes: x read
 // once, y written once.
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(TPR* RPB) layer_norm_forward_kernel(LayerNormA
   __shared__ typename Sum2::Storage storage2;
   const int lane = threadIdx.x % TPR;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR;
-  if (row >= args.rows) return;  // whole warps leave: with RPB > 1 a row is a warp
+  if (row >= args.rows) return;  // all lanes of a row leave, and those of others do not wait for them
   const T* x = args.x + row * args.x_stride;
 
   V held[NV];
@@ -232,37 +232,21 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   A dweight[NV][VEC] = {};
   A dbias[NV][VEC] = {};
 
-  // Wide rows leave no registers for the next row, which is otherwise on its way while this one is summed and
-  // written.
-  constexpr bool kPrefetch = NV == 1;
-  V dy[NV], x[NV], next_dy[NV], next_x[NV];
-  A mean, rstd, next_mean, next_rstd;
-  const auto load = [&](int64_t row) {
-    next_mean = args.mean[row];
-    next_rstd = args.rstd[row];
+  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR; row < args.rows;
+      row += step) {
+    const T* dy_row = args.dy + row * args.dy_stride;
+    const T* x_row = args.x + row * args.x_stride;
+    const A mean = args.mean[row], rstd = args.rstd[row];
+    V dy[NV], x[NV];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
       if (col < args.cols) {
-        next_dy[v] = V::load(args.dy + row * args.dy_stride + col);
-        next_x[v] = V::load(args.x + row * args.x_stride + col);
+        dy[v] = V::load(dy_row + col);
+        x[v] = V::load(x_row + col);
       }
     }
-  };
-
-  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR;
-  if (kPrefetch && row < args.rows) load(row);
-  for (; row < args.rows; row += step) {
-    if (!kPrefetch) load(row);
-    mean = next_mean;
-    rstd = next_rstd;
-#pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      dy[v] = next_dy[v];
-      x[v] = next_x[v];
-    }
-    if (kPrefetch && row + step < args.rows) load(row + step);
     Tuple<A, 3> sums = {};
 #pragma unroll
     for (int v = 0; v < NV; ++v) {

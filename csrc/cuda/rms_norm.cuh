@@ -5,8 +5,8 @@
 // rounded to T, and normalise that.
 //
 // Forward: TPR threads own a row and keep it in registers between the reduction and the write, NV vectors of
-// VEC elements each; rows of one warp share a block. Bytes: x read once, y written once; RESIDUAL: x and
-// residual read, sum and y written.
+// VEC elements each; rows of a warp or half a warp share a block. Bytes: x read once, y written once;
+// RESIDUAL: x and residual read, sum and y written.
 //
 // Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum and writes
 // the result twice. A persistent grid walks the rows; each thread keeps its columns' part of dweight =
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
   Sum sum(storage);
   const int lane = threadIdx.x % TPR;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR;
-  if (row >= args.rows) return;  // whole warps leave: with RPB > 1 a row is a warp
+  if (row >= args.rows) return;  // all lanes of a row leave, and those of others do not wait for them
   const T* x = args.x + row * args.x_stride;
 
   V held[NV];
@@ -215,43 +215,27 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   __shared__ typename Sum::Storage storage;
   Sum sum(storage);
   const int lane = threadIdx.x % TPR;
-  // Wide rows leave no registers for dsum, which is then read when it is needed, nor for the next row, which
-  // is otherwise on its way while this one is summed and written.
+  // Wide rows leave no registers for dsum: it is then read when it is needed.
   constexpr bool kHoldDsum = RESIDUAL && NV <= 2;
-  constexpr bool kPrefetch = NV <= 2;
   A sums[NV][VEC] = {};
 
-  V dy[NV], x[NV], dsum[kHoldDsum ? NV : 1];
-  V next_dy[NV], next_x[NV], next_dsum[kHoldDsum ? NV : 1];
-  A rstd, next_rstd;
-  const auto load = [&](int64_t row) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR; row < args.rows;
+      row += step) {
+    const T* dy_row = args.dy + row * args.dy_stride;
+    const T* x_row = args.x + row * args.x_stride;
+    const A rstd = args.rstd[row];
     const T* dsum_row = RESIDUAL && args.dsum != nullptr ? args.dsum + row * args.dsum_stride : nullptr;
-    next_rstd = args.rstd[row];
+    V dy[NV], x[NV], dsum[kHoldDsum ? NV : 1];
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
       if (col < args.cols) {
-        next_dy[v] = V::load(args.dy + row * args.dy_stride + col);
-        next_x[v] = V::load(args.x + row * args.x_stride + col);
-        if (kHoldDsum && dsum_row != nullptr) next_dsum[v] = V::load(dsum_row + col);
+        dy[v] = V::load(dy_row + col);
+        x[v] = V::load(x_row + col);
+        if (kHoldDsum && dsum_row != nullptr) dsum[v] = V::load(dsum_row + col);
       }
     }
-  };
-
-  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR;
-  if (kPrefetch && row < args.rows) load(row);
-  for (; row < args.rows; row += step) {
-    if (!kPrefetch) load(row);
-    rstd = next_rstd;
-#pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      dy[v] = next_dy[v];
-      x[v] = next_x[v];
-      if (kHoldDsum) dsum[v] = next_dsum[v];
-    }
-    if (kPrefetch && row + step < args.rows) load(row + step);
-    const T* dsum_row = RESIDUAL && args.dsum != nullptr ? args.dsum + row * args.dsum_stride : nullptr;
     A dot = 0;
 #pragma unroll
     for (int v = 0; v < NV; ++v) {

@@ -31,12 +31,12 @@ template <bool RESIDUAL, typename F>
 bool with_rms_norm_backward_config(int64_t vectors, const F& f) {
   // A thread that also holds dsum takes more registers, and moves more bytes.
   constexpr auto blocks = [](int alone, int residual) { return RESIDUAL ? residual : alone; };
-  if (vectors <= 16) return f(RowConfig<1, 16, 16, blocks(4, 3)>{}), true;
-  if (vectors <= 32) return f(RowConfig<1, 32, 8, blocks(4, 3)>{}), true;
-  if (vectors <= 64) return f(RowConfig<2, 32, 8, 2>{}), true;
-  if (vectors <= 128) return f(RowConfig<1, 128, 1, blocks(8, 6)>{}), true;
-  if (vectors <= 256) return f(RowConfig<2, 128, 1, 4>{}), true;
-  if (vectors <= 512) return f(RowConfig<2, 256, 1, 2>{}), true;
+  if (vectors <= 16) return f(RowConfig<1, 16, 16, 4>{}), true;
+  if (vectors <= 32) return f(RowConfig<1, 32, 8, 4>{}), true;
+  if (vectors <= 64) return f(RowConfig<2, 32, 8, blocks(3, 2)>{}), true;
+  if (vectors <= 128) return f(RowConfig<1, 128, 1, 8>{}), true;
+  if (vectors <= 256) return f(RowConfig<2, 128, 1, blocks(6, 4)>{}), true;
+  if (vectors <= 512) return f(RowConfig<2, 256, 1, blocks(3, 2)>{}), true;
   if (vectors <= 1024) return f(RowConfig<2, 512, 1, 1>{}), true;
   if (vectors <= 2048) return f(RowConfig<4, 512, 1, 1>{}), true;
   return false;
