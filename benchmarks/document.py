@@ -498,13 +498,13 @@ def medusa_section(name: str, document: dict) -> str:
         "Memory of a step, GiB": ("step_memory_gib", ".1f"),
     }
     for title, (key, shape) in quantities.items():
-        heading = ["stage", "layers", "heads", "tokens", *medusa.IMPLEMENTATIONS.values()]
-        heading += [f"over {stacked}", f"over {plain}"]
-        lines += ["", f"{title}:", "", f"| {' | '.join(heading)} |", f"|{'--:|' * len(heading)}"]
+        names = ["stage", "layers", "heads", "tokens", *medusa.IMPLEMENTATIONS.values()]
+        names += [f"over {stacked}", f"over {plain}"]
+        cells = []
         for (stage, heads, length), rows in medusa.grouped(document["results"]).items():
-            row = [stage, next(iter(rows.values()))["layers"], heads, length]
-            row += medusa.cells(rows, key, shape) + medusa.ratios(rows, key)
-            lines.append(f"| {' | '.join(map(str, row))} |")
+            place = [stage, next(iter(rows.values()))["layers"], heads, length]
+            cells.append([*map(str, place), *medusa.cells(rows, key, shape), *medusa.ratios(rows, key)])
+        lines += ["", f"{title}:", "", *table("|".join(f"{name}:" for name in names), cells)[:-1]]
     picture = f"{name.removesuffix('.json')}.png"
     medusa.draw(document, IMAGES / picture)
     lines += ["", f"![tokens per second and peak memory](images/{picture})"]

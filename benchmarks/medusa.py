@@ -195,7 +195,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(name: str, model: MedusaModel, ids: torch.Tensor, a: argparse.Namespace) -> dict:
-    """Tokens per second, memory, and the loss. Memory at rest is that of weights and optimizer state."""
+    """Tokens per second, the loss, and memory: the peak, and what is beyond weights and optimizer state."""
     device = ids.device
     cuda = device.type == "cuda"
     release(device)
@@ -227,11 +227,12 @@ def measure(name: str, model: MedusaModel, ids: torch.Tensor, a: argparse.Namesp
     finally:
         model.zero_grad(set_to_none=True)
     loss = losses[0].item()
+    peak = torch.cuda.max_memory_allocated() if cuda else None
     return {
         "tokens_per_second": ids.numel() / statistics.median(seconds),
         "step_seconds": seconds,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
-        "memory_at_rest_gib": torch.cuda.memory_allocated() / GIB if cuda else None,
+        "peak_memory_gib": peak / GIB if cuda else None,
+        "step_memory_gib": (peak - torch.cuda.memory_allocated()) / GIB if cuda else None,
         "loss": loss,
     }
 
@@ -312,13 +313,6 @@ def ratios(rows: dict[str, dict], key: str) -> list[str]:
     ours = rows.get("ours", {}).get(key)
     others = [rows.get(name, {}).get(key) for name in IMPLEMENTATIONS if name != "ours"]
     return [f"{ours / other:.2f}" if ours and other else "" for other in others]
-
-
-def add_step_memory(results: list[dict]) -> None:
-    """What a step needs beyond weights and optimizer state, where both were measured."""
-    for row in results:
-        if row.get("peak_memory_gib") is not None and row.get("memory_at_rest_gib") is not None:
-            row["step_memory_gib"] = row["peak_memory_gib"] - row["memory_at_rest_gib"]
 
 
 def grouped(results: list[dict]) -> dict[tuple[int, int, int], dict[str, dict]]:
@@ -410,7 +404,6 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(a.device)
     environment = report.environment(device, a.commit)
     results, stopped = run(a, device)
-    add_step_memory(results)
     shape = SHAPES[a.shape]
     sizes = {
         "shape": a.shape,

@@ -91,36 +91,20 @@ def test_accumulation(workers):
 
 
 def trained(path, batch_size, **changes):
-    """Losses and model of ten steps of the Trainer with our flag."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from transformers import Trainer, TrainingArguments
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    arguments = TrainingArguments(
-        output_dir=path,
-        max_steps=training.STEPS,
+    """Losses and Trainer of ten steps with our flag."""
+    trainer = training.trainer(
+        path,
+        tiny(tie_word_embeddings=False),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=2,
-        learning_rate=training.LEARNING_RATE,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
         use_cpu=True,
         use_liger=True,
         **changes,
     )
-    model = tiny(tie_word_embeddings=False)
-    trainer = Trainer(model, arguments, train_dataset=training.examples())
     with Operators() as operators:
         trainer.train()
     assert operators.calls["fused_linear_cross_entropy"] == 2 * training.STEPS
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, trainer
+    return training.logged_losses(trainer), trainer
 
 
 def trainer(path, average):

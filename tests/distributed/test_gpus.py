@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import Operators, tiny
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from liger_ops.distributed import vocab_parallel_fused_linear_cross_entropy
 from liger_ops.functional import fused_linear_cross_entropy
@@ -55,34 +56,19 @@ def test_accelerate_launch(name, tmp_path):
 
 def trained(path, use_liger):
     """Losses of ten steps of the Trainer under FSDP1."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from transformers import Trainer, TrainingArguments
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    arguments = TrainingArguments(
-        output_dir=path,
-        max_steps=training.STEPS,
+    trainer = training.trainer(
+        path,
+        tiny(tie_word_embeddings=False),
         per_device_train_batch_size=2,
-        learning_rate=training.LEARNING_RATE,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
         use_liger=use_liger,
         fsdp=True,
         fsdp_config={"version": 1, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
     )
-    trainer = Trainer(tiny(tie_word_embeddings=False), arguments, train_dataset=training.examples())
     with Operators() as operators:
         trainer.train()
     assert isinstance(trainer.model_wrapped, FullyShardedDataParallel)
     assert bool(operators.calls["fused_linear_cross_entropy"]) == use_liger
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return training.logged_losses(trainer)
 
 
 def trainer_fsdp1(path):

@@ -116,3 +116,30 @@ def examples(rows: int = 96) -> list[dict[str, torch.Tensor]]:
 def whole_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """All of every parameter, whatever holds them."""
     return {name.removeprefix("module."): full(p.detach()) for name, p in model.named_parameters()}
+
+
+def trainer(path: str, model: nn.Module, **options: Any) -> Any:
+    """A Trainer of ten steps on `examples`, in Accelerate's state as a new process has it."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers import Trainer, TrainingArguments
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    arguments = TrainingArguments(
+        output_dir=path,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    return Trainer(model, arguments, train_dataset=examples())
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
