@@ -61,14 +61,15 @@ def random_tokens(shape: Shape, batch: int, length: int, device: torch.device, s
 
 
 def measure_steps(a: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Whole steps of AdamW: each variant's seconds, and its peak of allocated memory."""
+    """Whole training steps: each variant's seconds, and its peak of allocated memory."""
     from liger_ops.transformers import patch, patched
 
     shape, cuda = SHAPES[a.shape], device.type == "cuda"
     torch.manual_seed(a.seed)
     model = build(shape, a.layers, a.length, DTYPES[a.dtype], device)
     patch(model, strict=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    make_optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[a.optimizer]
+    optimizer = make_optimizer(model.parameters(), lr=1e-5, fused=True)
     inputs = random_tokens(shape, a.batch, a.length, device, a.seed)
 
     def step() -> torch.Tensor:
@@ -150,7 +151,7 @@ def measure_host(device: torch.device, layers: int = 8) -> dict[str, float]:
 
 
 def print_results(a: argparse.Namespace, rows: list[dict], host: dict[str, float]) -> None:
-    title = f"{a.layers} layers of {a.shape}, {a.batch} x {a.length} tokens, {a.dtype}, AdamW"
+    title = f"{a.layers} layers of {a.shape}, {a.batch} x {a.length} tokens, {a.dtype}, {a.optimizer}"
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in ("activations", "ms a step", "tokens/s", "", "kept for backward, MiB", "peak, MiB"):
         table.add_column(name, justify="left" if name == "activations" else "right")
@@ -188,6 +189,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, help="tokens of a sequence; cpu: 256, cuda: 4096")
     parser.add_argument("--dtype", choices=DTYPES, help="cpu: float32, cuda: bfloat16")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "sgd"), default="adamw", help="AdamW, or SGD, which keeps no state"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed at a stretch (3)")
     parser.add_argument("--rounds", type=int, default=4, help="of both variants (4)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
@@ -217,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         print_host(measure_host(device))
         return 0
     document = {"environment": report.environment(device, a.commit)}
-    sizes = ("shape", "layers", "batch", "length", "dtype", "steps", "rounds", "seed")
+    sizes = ("shape", "layers", "batch", "length", "dtype", "optimizer", "steps", "rounds", "seed")
     document["sizes"] = {name: getattr(a, name) for name in sizes}
     document["host"] = measure_host(device)
     document["results"] = measure_steps(a, device)
