@@ -53,10 +53,12 @@ def main() -> None:
             if index % 20 == 0:
                 accelerator.print(f"batch {index:4d}  loss {loss.item():.4f}")
 
-    accelerator.wait_for_everyone()
+    # Every process takes part in gathering what FSDP and ZeRO-3 have spread; one writes.
+    weights = accelerator.get_state_dict(model)
     accelerator.unwrap_model(model).save_pretrained(
-        options.output, is_main_process=accelerator.is_main_process
+        options.output, is_main_process=accelerator.is_main_process, state_dict=weights
     )
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

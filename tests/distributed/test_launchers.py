@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import training
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples" / "distributed"
 
@@ -61,7 +63,7 @@ def test_accelerate(tmp_path):
     """Accelerate's launcher starts several processes only on GPUs; this is what it starts."""
     options = ("--batch", "4", "--output", str(tmp_path))
     torchrun("accelerate_loop.py", *options, ACCELERATE_USE_CPU="true")
-    assert (tmp_path / "config.json").exists()
+    training.assert_saved_whole(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])

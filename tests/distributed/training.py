@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tiny import batch, tiny
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from liger_ops.transformers import patch
 
@@ -24,6 +26,13 @@ def parts(seed: int) -> list[dict[str, torch.Tensor]]:
 
 def mine(seed: int) -> dict[str, torch.Tensor]:
     return parts(seed)[dist.get_rank()]
+
+
+def assert_saved_whole(path: Path) -> None:
+    """A checkpoint holds every weight at its full size, whatever the processes had spread."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(parameter.isfinite().all() and parameter.numel() for parameter in model.parameters())
 
 
 def targets(inputs: Iterable[dict[str, torch.Tensor]]) -> int:
