@@ -12,17 +12,18 @@ namespace liger {
 
 namespace {
 
-// Two sums for each column leave room for half the vectors that a thread of RMSNorm holds.
+// As with_rms_norm_backward_config; two sums for each column take more of a thread's registers.
 template <typename F>
 bool with_backward_config(int64_t vectors, const F& f) {
-  using cuda::RowConfig;
-  if (vectors <= 16) return f(RowConfig<1, 16, 16, 4>{}), true;
-  if (vectors <= 32) return f(RowConfig<1, 32, 8, 4>{}), true;
-  if (vectors <= 64) return f(RowConfig<2, 32, 8, 2>{}), true;
-  if (vectors <= 128) return f(RowConfig<1, 128, 1, 8>{}), true;
-  if (vectors <= 256) return f(RowConfig<1, 256, 1, 4>{}), true;
-  if (vectors <= 512) return f(RowConfig<1, 512, 1, 2>{}), true;
-  if (vectors <= 1024) return f(RowConfig<2, 512, 1, 1>{}), true;
+  using cuda::BackwardConfig;
+  if (vectors <= 16) return f(BackwardConfig<1, 16, 32, 2, 1>{});
+  if (vectors <= 32) return f(BackwardConfig<1, 32, 16, 2, 1>{});
+  if (vectors <= 64) return f(BackwardConfig<2, 32, 8, 1, 2>{});
+  if (vectors <= 128) return f(BackwardConfig<1, 128, 1, 2, 4>{});
+  if (vectors <= 256) return f(BackwardConfig<1, 256, 1, 2, 2>{});
+  if (vectors <= 512) return f(BackwardConfig<2, 256, 1, 2, 1>{});
+  if (vectors <= 1024) return f(BackwardConfig<2, 512, 1, 1, 1>{});
+  if (vectors <= 2048) return f(BackwardConfig<4, 512, 1, 1, 1>{});
   return false;
 }
 
@@ -118,10 +119,16 @@ TensorTriple layer_norm_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
         cuda::aligned_strides(sizeof(T), x_rows.stride, dy_rows.stride);
     const bool launched = vectorizable && with_backward_config(args.cols / kVec, [&](auto config) {
       using C = decltype(config);
-      const int blocks = cuda::persistent_blocks((args.rows + C::rpb - 1) / C::rpb, C::blocks_per_sm);
+      constexpr int kShared = cuda::LayerNormRing<T, C::nv, C::tpr, C::rpb, C::rows>::kBytes;
+      constexpr auto kKernel =
+          cuda::layer_norm_backward_kernel<T, W, C::nv, C::tpr, C::rpb, C::rows, C::blocks_per_sm>;
+      if (!cuda::fits_shared_memory(kShared)) return false;
+      static cuda::SharedMemoryLimit limit;
+      limit.raise(kKernel, kShared);
+      const int blocks = C::blocks(args.rows);
       allocate_partials(blocks);
-      cuda::layer_norm_backward_kernel<T, W, kVec, C::nv, C::tpr, C::rpb, C::blocks_per_sm>
-          <<<blocks, C::threads, 0, stream>>>(args);
+      kKernel<<<blocks, C::threads, kShared, stream>>>(args);
+      return true;
     });
     if (!launched) {
       cuda::with_vector_size<T>(vectorizable, [&](auto vec) {
@@ -143,8 +150,7 @@ TensorTriple layer_norm_backward_cuda(const at::Tensor& dy, const at::Tensor& x,
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  cuda::sum_partial_sums(op, partial_weight, dweight, stream);
-  cuda::sum_partial_sums(op, partial_bias, dbias, stream);
+  cuda::sum_partial_sums(op, {partial_weight, dweight}, {partial_bias, dbias}, stream);
   return {dx, dweight, dbias};
 }
 

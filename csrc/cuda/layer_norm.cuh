@@ -8,12 +8,13 @@
 // once, y written once.
 //
 // Backward: dx = rstd * (m - mean(m) - n * mean(m * n)) with m = dy * weight. One reduction gives the sums of
-// m, m * d and d = x - mean, from which the three means follow. A persistent grid walks the rows; each thread
-// keeps its columns' parts of dweight = sum(dy * n) and dbias = sum(dy) in registers, each block writes one
-// row of partial sums of each, and column_sum_kernel adds those in order. Bytes: dy and x read once, dx
-// written once, plus the partial sums, which stay in L2.
+// m, m * d and d = x - mean, from which the three means follow. Each block of a grid that fits the GPU has a
+// stretch of rows. A row's threads take ROWS of them at a time, whose sums share a barrier, while the next
+// are copied to shared memory (RowRing). Each thread keeps its columns' parts of dweight = sum(dy * n) and
+// dbias = sum(dy) in registers, each block writes one row of partial sums of each, and column_sum_kernel adds
+// those in order. Bytes: dy and x read once, dx written once, plus the partial sums, which stay in L2.
 //
-// Rows wider than the registers of a block, and rows that vectors do not fit, are read again for every step:
+// Rows that are too wide for a block, and rows that vectors do not fit, are read again for every step:
 // forward by layer_norm_forward_loop_kernel; backward first by rows for the means, then by columns, where
 // nothing is left to reduce.
 //
@@ -21,6 +22,7 @@
 
 #include "cuda/common/column_sum.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/row_ring.cuh"
 #include "cuda/common/vec.cuh"
 
 namespace liger::cuda {
@@ -183,10 +185,9 @@ struct RowMeans {
 
 // From the sums over a row of m, m * d and d, with d = x - mean.
 template <typename A>
-__device__ __forceinline__ RowMeans<A> row_means(Tuple<A, 3> sums, A rstd, int cols) {
-  const A size = static_cast<A>(cols);
-  const A correction = sums.data[2] / size, m = sums.data[0] / size;
-  return {correction, m, rstd * (sums.data[1] / size - correction * m)};
+__device__ __forceinline__ RowMeans<A> row_means(Tuple<A, 3> sums, A rstd, A inverse_size) {
+  const A correction = sums.data[2] * inverse_size, m = sums.data[0] * inverse_size;
+  return {correction, m, rstd * (sums.data[1] * inverse_size - correction * m)};
 }
 
 template <typename T, int VEC>
@@ -220,60 +221,121 @@ __device__ __forceinline__ void write_layer_norm_gradient(const LayerNormBackwar
   if (args.dx != nullptr) out.store(args.dx + row * args.cols + col);
 }
 
-template <typename T, typename W, int VEC, int NV, int TPR, int RPB, int BLOCKS_PER_SM>
+template <typename T, int NV, int TPR, int RPB, int ROWS>
+using LayerNormRing = RowRing<T, 2, NV, TPR * RPB, ROWS>;
+
+template <typename T, typename W, int NV, int TPR, int RPB, int ROWS, int BLOCKS_PER_SM>
 __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     layer_norm_backward_kernel(LayerNormBackwardArguments<T, W> args) {
   using A = Accumulate<T>;
+  constexpr int VEC = kVecSize<T>;
   using V = Vec<T, VEC>;
-  using Sum = RowSum<Tuple<A, 3>, TPR, RPB>;
+  using Sum = RowSum<Tuple<Tuple<A, 3>, ROWS>, TPR, RPB>;
+  constexpr int kStep = ROWS * RPB;
+  // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
+  constexpr bool kHold = NV <= 2;
+  extern __shared__ __align__(16) unsigned char shared[];
   __shared__ typename Sum::Storage storage;
   Sum sum(storage);
+  LayerNormRing<T, NV, TPR, RPB, ROWS> ring(shared);
   const int lane = threadIdx.x % TPR;
+  const auto column = [&](int v) { return (v * TPR + lane) * VEC; };
+  const bool wants_n = args.dx != nullptr || args.partial_weight != nullptr;
+  const A inverse_size = A(1) / static_cast<A>(args.cols);
+
+  // The block's rows, and those of this thread among the first.
+  const int64_t begin = args.rows * blockIdx.x / gridDim.x, end = args.rows * (blockIdx.x + 1) / gridDim.x;
+  const int64_t offset = threadIdx.x / TPR * ROWS;
+  const auto fetch = [&](int64_t first) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t row = first + r;
+      if (row >= end) break;
+#pragma unroll
+      for (int v = 0; v < NV; ++v) {
+        const int col = column(v);
+        if (col >= args.cols) break;
+        ring.fetch(r, 0, v, args.dy + row * args.dy_stride + col);
+        ring.fetch(r, 1, v, args.x + row * args.x_stride + col);
+      }
+    }
+    ring.commit();
+  };
+  const auto load_statistics = [&](int64_t first, A(&mean)[ROWS], A(&rstd)[ROWS]) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const bool mine = first + r < end;
+      mean[r] = mine ? args.mean[first + r] : A(0);
+      rstd[r] = mine ? args.rstd[first + r] : A(0);
+    }
+  };
+
+  fetch(begin + offset);
+  A mean[ROWS], rstd[ROWS];
+  load_statistics(begin + offset, mean, rstd);
+  A held_weight[kHold ? NV : 1][VEC];
+  if constexpr (kHold) {
+#pragma unroll
+    for (int v = 0; v < NV; ++v) {
+      if (column(v) < args.cols) load_wide_or<W, VEC>(args.weight, column(v), 1, held_weight[v]);
+    }
+  }
   A dweight[NV][VEC] = {};
   A dbias[NV][VEC] = {};
 
-  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR; row < args.rows;
-      row += step) {
-    const T* dy_row = args.dy + row * args.dy_stride;
-    const T* x_row = args.x + row * args.x_stride;
-    const A mean = args.mean[row], rstd = args.rstd[row];
-    V dy[NV], x[NV];
+  for (int64_t start = begin; start < end; start += kStep) {
+    const int64_t first = start + offset;
+    ring.next();
+    fetch(first + kStep);
+    A next_mean[ROWS], next_rstd[ROWS];
+    load_statistics(first + kStep, next_mean, next_rstd);
+    ring.wait();
+    V dy[ROWS][kHold ? NV : 1], x[ROWS][kHold ? NV : 1];
+    Tuple<Tuple<A, 3>, ROWS> sums = {};
 #pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        dy[v] = V::load(dy_row + col);
-        x[v] = V::load(x_row + col);
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= end) break;
+#pragma unroll
+      for (int v = 0; v < NV; ++v) {
+        if (column(v) >= args.cols) break;
+        V& dy_held = dy[r][kHold ? v : 0];
+        V& x_held = x[r][kHold ? v : 0];
+        dy_held = ring(r, 0, v);
+        x_held = ring(r, 1, v);
+        A read_weight[VEC];
+        if constexpr (!kHold) load_wide_or<W, VEC>(args.weight, column(v), 1, read_weight);
+        add_moments(dy_held, x_held, kHold ? held_weight[kHold ? v : 0] : read_weight, mean[r], sums.data[r]);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) dbias[v][i] += widen(dy_held.data[i]);
       }
     }
-    Tuple<A, 3> sums = {};
+    if (wants_n) {
+      sums = sum.all(sums);
 #pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        A weight[VEC];
-        load_wide_or<W, VEC>(args.weight, col, 1, weight);
-        add_moments(dy[v], x[v], weight, mean, sums);
+      for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= end) break;
+        const auto means = row_means(sums.data[r], rstd[r], inverse_size);
+        const RowNormalizer<A> normalize = {mean[r], means.correction, rstd[r]};
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) dbias[v][i] += widen(dy[v].data[i]);
+        for (int v = 0; v < NV; ++v) {
+          if (column(v) >= args.cols) break;
+          A read_weight[VEC];
+          if constexpr (!kHold) load_wide_or<W, VEC>(args.weight, column(v), 1, read_weight);
+          write_layer_norm_gradient(args, kHold ? dy[r][kHold ? v : 0] : ring(r, 0, v),
+              kHold ? x[r][kHold ? v : 0] : ring(r, 1, v), kHold ? held_weight[kHold ? v : 0] : read_weight,
+              normalize, means, first + r, column(v), dweight[v]);
+        }
       }
     }
-    if (args.dx == nullptr && args.partial_weight == nullptr) continue;
-    const auto means = row_means(sum.all(sums), rstd, args.cols);
-    const RowNormalizer<A> normalize = {mean, means.correction, rstd};
 #pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        A weight[VEC];  // again from L1: holding it would cost registers and so rows in flight
-        load_wide_or<W, VEC>(args.weight, col, 1, weight);
-        write_layer_norm_gradient(args, dy[v], x[v], weight, normalize, means, row, col, dweight[v]);
-      }
+    for (int r = 0; r < ROWS; ++r) {
+      mean[r] = next_mean[r];
+      rstd[r] = next_rstd[r];
     }
   }
-  write_partial_sums<A, VEC, NV, TPR, RPB>(dweight, args.partial_weight, args.cols);
-  write_partial_sums<A, VEC, NV, TPR, RPB>(dbias, args.partial_bias, args.cols);
+  allow_column_sum();
+  write_partial_sums<TPR, RPB>(dweight, args.partial_weight, args.cols, shared);
+  write_partial_sums<TPR, RPB>(dbias, args.partial_bias, args.cols, shared);
 }
 
 // The means of a row. A block owns a row.
@@ -294,7 +356,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     load_wide_or<W, VEC>(args.weight, col, 1, weight);
     add_moments(dy, x, weight, mean, sums);
   }
-  const auto result = row_means(Sum(storage).all(sums), args.rstd[row], args.cols);
+  const auto result = row_means(Sum(storage).all(sums), args.rstd[row], A(1) / static_cast<A>(args.cols));
   if (threadIdx.x == 0) means[row] = result;
 }
 
@@ -321,11 +383,8 @@ __global__ void __launch_bounds__(THREADS) layer_norm_backward_columns_kernel(
     write_layer_norm_gradient(args, dy, x, weight, normalize, of_row, row, col, dweight);
   }
   const int64_t first = static_cast<int64_t>(blockIdx.y) * args.cols + col;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    if (args.partial_weight != nullptr) args.partial_weight[first + i] = dweight[i];
-    if (args.partial_bias != nullptr) args.partial_bias[first + i] = dbias[i];
-  }
+  if (args.partial_weight != nullptr) store_sums(dweight, args.partial_weight + first);
+  if (args.partial_bias != nullptr) store_sums(dbias, args.partial_bias + first);
 }
 
 }  // namespace liger::cuda

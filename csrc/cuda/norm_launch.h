@@ -4,36 +4,77 @@
 // over rows.
 
 #include <ATen/ops/empty.h>
+#include <c10/util/CallOnce.h>
 
 #include <algorithm>
+#include <array>
 
 #include "cuda/common/column_sum.cuh"
 #include "cuda/launch.h"
 
 namespace liger::cuda {
 
-// Shapes of the register-resident kernels: NV vectors a thread, TPR threads a row, RPB rows a block.
-template <int NV, int TPR, int RPB, int BLOCKS_PER_SM = 1>
+// Shapes of the forward kernels: NV vectors a thread, TPR threads a row, RPB rows a block.
+template <int NV, int TPR, int RPB>
 struct RowConfig {
-  static constexpr int nv = NV, tpr = TPR, rpb = RPB, blocks_per_sm = BLOCKS_PER_SM;
+  static constexpr int nv = NV, tpr = TPR, rpb = RPB;
   static constexpr int threads = TPR * RPB;
 };
 
 // f(RowConfig) with the narrowest forward kernel that holds a row of `vectors` 16-byte vectors; false if none
-// does.
-template <typename F>
+// does. Where two tensors are read (RESIDUAL), the widest rows take all threads of a block.
+template <bool RESIDUAL = false, typename F>
 bool with_forward_config(int64_t vectors, const F& f) {
   if (vectors <= 16) return f(RowConfig<1, 16, 16>{}), true;
   if (vectors <= 32) return f(RowConfig<1, 32, 4>{}), true;
   if (vectors <= 64) return f(RowConfig<2, 32, 4>{}), true;
-  if (vectors <= 128) return f(RowConfig<4, 32, 4>{}), true;
+  if (vectors <= 128) return f(RowConfig<1, 128, 1>{}), true;
   if (vectors <= 256) return f(RowConfig<2, 128, 1>{}), true;
-  if (vectors <= 512) return f(RowConfig<4, 128, 1>{}), true;
-  if (vectors <= 1024) return f(RowConfig<4, 256, 1>{}), true;
-  if (vectors <= 2048) return f(RowConfig<4, 512, 1>{}), true;
+  if (vectors <= 512) return f(RowConfig<2, 256, 1>{}), true;
+  if (vectors <= 768) return f(RowConfig<3, 256, 1>{}), true;
+  if (vectors <= 1024)
+    return f(std::conditional_t<RESIDUAL, RowConfig<1, 1024, 1>, RowConfig<4, 256, 1>>{}), true;
+  if (vectors <= 2048)
+    return f(std::conditional_t<RESIDUAL, RowConfig<2, 1024, 1>, RowConfig<4, 512, 1>>{}), true;
   if (vectors <= 4096) return f(RowConfig<4, 1024, 1>{}), true;
   return false;
 }
+
+// Shapes of the backward kernels: NV vectors a thread, TPR threads a row, RPB times ROWS rows a block at a
+// time, BLOCKS_PER_SM blocks a multiprocessor.
+template <int NV, int TPR, int RPB, int ROWS, int BLOCKS_PER_SM>
+struct BackwardConfig {
+  static constexpr int nv = NV, tpr = TPR, rpb = RPB, rows = ROWS, blocks_per_sm = BLOCKS_PER_SM;
+  static constexpr int threads = TPR * RPB;
+
+  // A persistent grid: as many blocks as run at once, each leaving one row of partial sums.
+  static int blocks(int64_t rows_in_all) {
+    constexpr int kStep = ROWS * RPB;
+    return static_cast<int>(
+        std::min<int64_t>((rows_in_all + kStep - 1) / kStep, multiprocessors() * BLOCKS_PER_SM));
+  }
+};
+
+// Whether blocks may have `bytes` of dynamic shared memory beside the few hundred that sums take.
+inline bool fits_shared_memory(int bytes) {
+  return static_cast<std::size_t>(bytes) + 1024 <=
+      at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
+}
+
+// Allows the kernel that an object of this type belongs to more dynamic shared memory than the 48 KiB that
+// every kernel may have: once for every device.
+class SharedMemoryLimit {
+ public:
+  template <typename Kernel>
+  void raise(Kernel* kernel, int bytes) {
+    c10::call_once(raised_[c10::cuda::current_device()], [&] {
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    });
+  }
+
+ private:
+  std::array<c10::once_flag, C10_COMPILE_TIME_MAX_GPUS> raised_;
+};
 
 // Threads of the kernels that read a row in a loop, and of those that own columns.
 constexpr int kLoopThreads = 512;
@@ -50,11 +91,6 @@ void with_vector_size(bool vectorizable, const F& f) {
   }
 }
 
-// A persistent grid: as many blocks as run at once, each leaving one row of partial sums.
-inline int persistent_blocks(int64_t wanted, int blocks_per_sm) {
-  return static_cast<int>(std::min<int64_t>(wanted, multiprocessors() * blocks_per_sm));
-}
-
 // Grid of the kernels whose blocks own kColumnThreads * vec columns of every gridDim.y-th row.
 inline dim3 column_grid(const char* op, int64_t rows, int64_t cols, int vec) {
   const auto column_blocks = grid_size(op, cols, kColumnThreads * vec);
@@ -69,20 +105,52 @@ inline at::Tensor empty_partial_sums(
   return needed ? at::empty({blocks, cols}, options) : at::Tensor();
 }
 
-// out = the sum of partial over its blocks; nothing where partial is undefined.
-inline void sum_partial_sums(
-    const char* op, const at::Tensor& partial, const at::Tensor& out, cudaStream_t stream) {
-  if (!partial.defined()) return;
-  const auto blocks = static_cast<int>(partial.size(0)), cols = static_cast<int>(partial.size(1));
-  dispatch_floating(out.scalar_type(), [&](auto element) {
+// out is to be the sum of partial over its blocks; nothing where partial is undefined.
+struct ColumnSum {
+  const at::Tensor& partial;
+  const at::Tensor& out;
+};
+
+// Follows the kernel that writes the partial sums at once: the launch waits in place for its end where the
+// hardware can (sm_90).
+inline void sum_columns(
+    const char* op, const ColumnSum& first, const ColumnSum& second, cudaStream_t stream) {
+  const auto blocks = static_cast<int>(first.partial.size(0)), cols = static_cast<int>(first.partial.size(1));
+  dispatch_floating(first.out.scalar_type(), [&](auto element) {
     using W = decltype(element);
     using A = Accumulate<W>;
-    const dim3 threads(kColumnSumWidth, kColumnSumHeight);
-    column_sum_kernel<A, W><<<grid_size(op, cols, kColumnSumWidth), threads, 0, stream>>>(
-        static_cast<const A*>(partial.const_data_ptr()), static_cast<W*>(out.mutable_data_ptr()), blocks,
-        cols);
+    const auto sums = [](const ColumnSum& sum) -> PartialSums<A, W> {
+      if (!sum.partial.defined()) return {};
+      return {
+          static_cast<const A*>(sum.partial.const_data_ptr()), static_cast<W*>(sum.out.mutable_data_ptr())};
+    };
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid_size(op, cols, kColumnSumWidth), second.partial.defined() ? 2 : 1);
+    config.blockDim = dim3(kColumnSumWidth, kColumnSumHeight);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = at::cuda::getCurrentDeviceProperties()->major >= 9 ? 1 : 0;
+    C10_CUDA_CHECK(
+        cudaLaunchKernelEx(&config, column_sum_kernel<A, W>, sums(first), sums(second), blocks, cols));
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The sums of both, in one launch where their dtypes allow.
+inline void sum_partial_sums(
+    const char* op, const ColumnSum& first, const ColumnSum& second, cudaStream_t stream) {
+  const at::Tensor nothing;
+  const ColumnSum none = {nothing, nothing};
+  const bool both = first.partial.defined() && second.partial.defined();
+  if (both && first.out.scalar_type() == second.out.scalar_type()) {
+    sum_columns(op, first, second, stream);
+    return;
+  }
+  for (const auto* sum : {&first, &second}) {
+    if (sum->partial.defined()) sum_columns(op, *sum, none, stream);
+  }
 }
 
 }  // namespace liger::cuda

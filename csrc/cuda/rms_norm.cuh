@@ -9,12 +9,14 @@
 // RESIDUAL: x and residual read, sum and y written.
 //
 // Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum and writes
-// the result twice. A persistent grid walks the rows; each thread keeps its columns' part of dweight =
-// sum(dy * n) in registers, each block writes one row of partial sums, and column_sum_kernel adds those in
-// order. Bytes: dy, x and dsum read once, dx and dresidual written once, plus the partial sums, which stay in
-// L2.
+// the result twice. Each block of a grid that fits the GPU has a stretch of rows. A row's threads take ROWS
+// of them at a time, whose sums share a barrier, while the next are copied to shared memory (RowRing): one
+// block of few warps keeps a multiprocessor's share of memory busy. Each thread keeps its columns' part of
+// dweight = sum(dy * n) in registers, each block writes one row of partial sums, and column_sum_kernel adds
+// those in order. Bytes: dy, x and dsum read once, dx and dresidual written once, plus the partial sums,
+// which stay in L2.
 //
-// Rows wider than the registers of a block, and rows that vectors do not fit, are read twice: forward by
+// Rows that are too wide for a block, and rows that vectors do not fit, are read twice: forward by
 // rms_norm_forward_loop_kernel; backward first by rows for mean(m * n), then by columns, where nothing is
 // left to reduce.
 //
@@ -22,6 +24,7 @@
 
 #include "cuda/common/column_sum.cuh"
 #include "cuda/common/reduce.cuh"
+#include "cuda/common/row_ring.cuh"
 #include "cuda/common/vec.cuh"
 
 namespace liger::cuda {
@@ -206,67 +209,118 @@ __device__ __forceinline__ void write_rms_norm_gradient(const RmsNormBackwardArg
   if (RESIDUAL && args.dresidual != nullptr) out.store(args.dresidual + row * args.cols + col);
 }
 
-template <typename T, typename W, int VEC, int NV, int TPR, int RPB, int BLOCKS_PER_SM, bool RESIDUAL>
+template <typename T, int NV, int TPR, int RPB, int ROWS, bool RESIDUAL>
+using RmsNormRing = RowRing<T, RESIDUAL ? 3 : 2, NV, TPR * RPB, ROWS>;
+
+template <typename T, typename W, int NV, int TPR, int RPB, int ROWS, int BLOCKS_PER_SM, bool RESIDUAL>
 __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     rms_norm_backward_kernel(RmsNormBackwardArguments<T, W> args) {
   using A = Accumulate<T>;
+  constexpr int VEC = kVecSize<T>;
   using V = Vec<T, VEC>;
-  using Sum = RowSum<A, TPR, RPB>;
+  using Sum = RowSum<Tuple<A, ROWS>, TPR, RPB>;
+  constexpr int kStep = ROWS * RPB;
+  // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
+  constexpr bool kHold = NV <= 2;
+  extern __shared__ __align__(16) unsigned char shared[];
   __shared__ typename Sum::Storage storage;
   Sum sum(storage);
+  RmsNormRing<T, NV, TPR, RPB, ROWS, RESIDUAL> ring(shared);
   const int lane = threadIdx.x % TPR;
-  // Wide rows leave no registers for dsum: it is then read when it is needed.
-  constexpr bool kHoldDsum = RESIDUAL && NV <= 2;
-  A sums[NV][VEC] = {};
+  const auto column = [&](int v) { return (v * TPR + lane) * VEC; };
+  const bool has_dsum = RESIDUAL && args.dsum != nullptr;
+  const bool wants_dx = args.dx != nullptr || (RESIDUAL && args.dresidual != nullptr);
+  const A inverse_size = A(1) / static_cast<A>(args.cols);
 
-  const int64_t step = static_cast<int64_t>(gridDim.x) * RPB;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * RPB + threadIdx.x / TPR; row < args.rows;
-      row += step) {
-    const T* dy_row = args.dy + row * args.dy_stride;
-    const T* x_row = args.x + row * args.x_stride;
-    const A rstd = args.rstd[row];
-    const T* dsum_row = RESIDUAL && args.dsum != nullptr ? args.dsum + row * args.dsum_stride : nullptr;
-    V dy[NV], x[NV], dsum[kHoldDsum ? NV : 1];
+  // The block's rows, and those of this thread among the first.
+  const int64_t begin = args.rows * blockIdx.x / gridDim.x, end = args.rows * (blockIdx.x + 1) / gridDim.x;
+  const int64_t offset = threadIdx.x / TPR * ROWS;
+  const auto fetch = [&](int64_t first) {
 #pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        dy[v] = V::load(dy_row + col);
-        x[v] = V::load(x_row + col);
-        if (kHoldDsum && dsum_row != nullptr) dsum[v] = V::load(dsum_row + col);
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t row = first + r;
+      if (row >= end) break;
+#pragma unroll
+      for (int v = 0; v < NV; ++v) {
+        const int col = column(v);
+        if (col >= args.cols) break;
+        ring.fetch(r, 0, v, args.dy + row * args.dy_stride + col);
+        ring.fetch(r, 1, v, args.x + row * args.x_stride + col);
+        if (has_dsum) ring.fetch(r, 2, v, args.dsum + row * args.dsum_stride + col);
       }
     }
-    A dot = 0;
+    ring.commit();
+  };
+  const auto load_rstd = [&](int64_t first, A(&rstd)[ROWS]) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) rstd[r] = first + r < end ? args.rstd[first + r] : A(0);
+  };
+
+  fetch(begin + offset);
+  A rstd[ROWS];
+  load_rstd(begin + offset, rstd);
+  A held_scale[kHold ? NV : 1][VEC];
+  if constexpr (kHold) {
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        A scale[VEC];
-        load_scale(args, col, scale);
+      if (column(v) < args.cols) load_scale(args, column(v), held_scale[v]);
+    }
+  }
+  A sums[NV][VEC] = {};
+
+  for (int64_t start = begin; start < end; start += kStep) {
+    const int64_t first = start + offset;
+    ring.next();
+    fetch(first + kStep);
+    A next_rstd[ROWS];
+    load_rstd(first + kStep, next_rstd);
+    ring.wait();
+    V dy[ROWS][kHold ? NV : 1], x[ROWS][kHold ? NV : 1];
+    Tuple<A, ROWS> dot = {};
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r >= end) break;
+#pragma unroll
+      for (int v = 0; v < NV; ++v) {
+        if (column(v) >= args.cols) break;
+        V& dy_held = dy[r][kHold ? v : 0];
+        V& x_held = x[r][kHold ? v : 0];
+        dy_held = ring(r, 0, v);
+        x_held = ring(r, 1, v);
+        A read_scale[VEC];
+        if constexpr (!kHold) load_scale(args, column(v), read_scale);
+        const auto& scale = kHold ? held_scale[kHold ? v : 0] : read_scale;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          const A gradient = widen(dy[v].data[i]);
-          const A n = widen(x[v].data[i]) * rstd;
-          dot += gradient * scale[i] * n;
+          const A gradient = widen(dy_held.data[i]);
+          const A n = widen(x_held.data[i]) * rstd[r];
+          dot.data[r] += gradient * scale[i] * n;
           sums[v][i] += gradient * (args.round_normalized ? rounded<T>(n) : n);
         }
       }
     }
-    if (args.dx == nullptr && !(RESIDUAL && args.dresidual != nullptr)) continue;
-    const A mean = sum.all(dot) / static_cast<A>(args.cols);
+    if (wants_dx) {
+      dot = sum.all(dot);
 #pragma unroll
-    for (int v = 0; v < NV; ++v) {
-      const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) {
-        A scale[VEC];  // again from L1: holding it would cost registers and so rows in flight
-        load_scale(args, col, scale);
-        V& added = dsum[kHoldDsum ? v : 0];
-        if (RESIDUAL && !kHoldDsum && dsum_row != nullptr) added = V::load(dsum_row + col);
-        write_rms_norm_gradient<T, W, VEC, RESIDUAL>(args, dy[v], x[v], added, scale, rstd, mean, row, col);
+      for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= end) break;
+        const A mean = dot.data[r] * inverse_size;
+#pragma unroll
+        for (int v = 0; v < NV; ++v) {
+          if (column(v) >= args.cols) break;
+          A read_scale[VEC];
+          if constexpr (!kHold) load_scale(args, column(v), read_scale);
+          write_rms_norm_gradient<T, W, VEC, RESIDUAL>(args, kHold ? dy[r][kHold ? v : 0] : ring(r, 0, v),
+              kHold ? x[r][kHold ? v : 0] : ring(r, 1, v), has_dsum ? ring(r, RESIDUAL ? 2 : 1, v) : V{},
+              kHold ? held_scale[kHold ? v : 0] : read_scale, rstd[r], mean, first + r, column(v));
+        }
       }
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) rstd[r] = next_rstd[r];
   }
-  write_partial_sums<A, VEC, NV, TPR, RPB>(sums, args.partial, args.cols);
+  allow_column_sum();
+  write_partial_sums<TPR, RPB>(sums, args.partial, args.cols, shared);
 }
 
 // mean_mn[row] = mean(m * n). A block owns a row.
@@ -319,10 +373,7 @@ __global__ void __launch_bounds__(THREADS)
     }
   }
   if (args.partial == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    args.partial[static_cast<int64_t>(blockIdx.y) * args.cols + col + i] = sums[i];
-  }
+  store_sums(sums, args.partial + static_cast<int64_t>(blockIdx.y) * args.cols + col);
 }
 
 }  // namespace liger::cuda

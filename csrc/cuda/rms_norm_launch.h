@@ -13,7 +13,7 @@ void launch_rms_norm_forward(const char* op, const RmsNormArguments<T, W>& args,
   const bool vectorizable = args.cols % kVec == 0 &&
       aligned_pointers(args.x, args.residual, args.sum, args.y, args.weight) &&
       aligned_strides(sizeof(T), args.x_stride, args.residual_stride);
-  const bool launched = vectorizable && with_forward_config(args.cols / kVec, [&](auto config) {
+  const bool launched = vectorizable && with_forward_config<RESIDUAL>(args.cols / kVec, [&](auto config) {
     using C = decltype(config);
     rms_norm_forward_kernel<T, W, kVec, C::nv, C::tpr, C::rpb, RESIDUAL>
         <<<grid_size(op, args.rows, C::rpb), C::threads, 0, stream>>>(args);
@@ -27,18 +27,18 @@ void launch_rms_norm_forward(const char* op, const RmsNormArguments<T, W>& args,
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// f(BackwardConfig) with the narrowest backward kernel that holds a row of `vectors` 16-byte vectors; false
+// where there is none, or f is false because the device has too little shared memory for it.
 template <bool RESIDUAL, typename F>
 bool with_rms_norm_backward_config(int64_t vectors, const F& f) {
-  // A thread that also holds dsum takes more registers, and moves more bytes.
-  constexpr auto blocks = [](int alone, int residual) { return RESIDUAL ? residual : alone; };
-  if (vectors <= 16) return f(RowConfig<1, 16, 16, 4>{}), true;
-  if (vectors <= 32) return f(RowConfig<1, 32, 8, 4>{}), true;
-  if (vectors <= 64) return f(RowConfig<2, 32, 8, blocks(3, 2)>{}), true;
-  if (vectors <= 128) return f(RowConfig<1, 128, 1, 8>{}), true;
-  if (vectors <= 256) return f(RowConfig<2, 128, 1, blocks(6, 4)>{}), true;
-  if (vectors <= 512) return f(RowConfig<2, 256, 1, blocks(3, 2)>{}), true;
-  if (vectors <= 1024) return f(RowConfig<2, 512, 1, 1>{}), true;
-  if (vectors <= 2048) return f(RowConfig<4, 512, 1, 1>{}), true;
+  if (vectors <= 16) return f(BackwardConfig<1, 16, 32, 2, 1>{});
+  if (vectors <= 32) return f(BackwardConfig<1, 32, 16, 2, 1>{});
+  if (vectors <= 64) return f(BackwardConfig<2, 32, 8, 2, 2>{});
+  if (vectors <= 128) return f(BackwardConfig<1, 128, 1, 2, 4>{});
+  if (vectors <= 256) return f(BackwardConfig<1, 256, 1, 2, 2>{});
+  if (vectors <= 512) return f(BackwardConfig<1, 512, 1, 2, 1>{});
+  if (vectors <= 1024) return f(BackwardConfig<2, 512, 1, 2, 1>{}) || f(BackwardConfig<2, 512, 1, 1, 1>{});
+  if (vectors <= 2048) return f(BackwardConfig<4, 512, 1, 1, 1>{});
   return false;
 }
 
@@ -59,10 +59,16 @@ void launch_rms_norm_backward(const char* op, RmsNormBackwardArguments<T, W> arg
   const bool launched =
       vectorizable && with_rms_norm_backward_config<RESIDUAL>(args.cols / kVec, [&](auto config) {
         using C = decltype(config);
-        const int blocks = persistent_blocks((args.rows + C::rpb - 1) / C::rpb, C::blocks_per_sm);
+        constexpr int kShared = RmsNormRing<T, C::nv, C::tpr, C::rpb, C::rows, RESIDUAL>::kBytes;
+        constexpr auto kKernel =
+            rms_norm_backward_kernel<T, W, C::nv, C::tpr, C::rpb, C::rows, C::blocks_per_sm, RESIDUAL>;
+        if (!fits_shared_memory(kShared)) return false;
+        static SharedMemoryLimit limit;
+        limit.raise(kKernel, kShared);
+        const int blocks = C::blocks(args.rows);
         allocate_partial(blocks);
-        rms_norm_backward_kernel<T, W, kVec, C::nv, C::tpr, C::rpb, C::blocks_per_sm, RESIDUAL>
-            <<<blocks, C::threads, 0, stream>>>(args);
+        kKernel<<<blocks, C::threads, kShared, stream>>>(args);
+        return true;
       });
   if (!launched) {
     with_vector_size<T>(vectorizable, [&](auto vec) {
@@ -83,7 +89,8 @@ void launch_rms_norm_backward(const char* op, RmsNormBackwardArguments<T, W> arg
     });
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  sum_partial_sums(op, partial, dweight, stream);
+  const at::Tensor nothing;
+  sum_partial_sums(op, {partial, dweight}, {nothing, nothing}, stream);
 }
 
 }  // namespace liger::cuda

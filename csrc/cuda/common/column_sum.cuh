@@ -7,11 +7,26 @@
 
 namespace liger::cuda {
 
+// Writes VEC sums as 16-byte vectors: columns of a row of partial that is wide enough for whole vectors.
+template <typename A, int VEC>
+__device__ __forceinline__ void store_sums(const A (&sums)[VEC], A* to) {
+  constexpr int kChunk = sizeof(A) * VEC > 16 ? 16 / sizeof(A) : VEC;
+#pragma unroll
+  for (int i = 0; i < VEC; i += kChunk) {
+    Vec<A, kChunk> out;
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) out.data[j] = sums[i + j];
+    out.store(to + i);
+  }
+}
+
 // Writes a block's sums into its row of partial ([gridDim.x, cols], or null). The thread `lane` of the TPR
 // threads of a row holds those of columns (v * TPR + lane) * VEC and the VEC - 1 after it; the sums of the
-// RPB rows that share the block are added in their order.
-template <typename A, int VEC, int NV, int TPR, int RPB>
-__device__ __forceinline__ void write_partial_sums(const A (&sums)[NV][VEC], A* partial, int cols) {
+// RPB rows that share the block are added in their order, through `shared`, which every thread has done with
+// once this is reached by all: RPB * NV * TPR * VEC numbers where RPB is not 1.
+template <int TPR, int RPB, typename A, int VEC, int NV>
+__device__ __forceinline__ void write_partial_sums(
+    const A (&sums)[NV][VEC], A* partial, int cols, unsigned char* shared) {
   if (partial == nullptr) return;
   const int lane = threadIdx.x % TPR;
   A* out = partial + static_cast<int64_t>(blockIdx.x) * cols;
@@ -19,51 +34,67 @@ __device__ __forceinline__ void write_partial_sums(const A (&sums)[NV][VEC], A* 
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
-      if (col < cols) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) out[col + i] = sums[v][i];
-      }
+      if (col < cols) store_sums(sums[v], out + col);
     }
   } else {
-    __shared__ A shared[RPB][NV * TPR * VEC];
+    constexpr int kWidth = NV * TPR * VEC;
+    A* of_rows = reinterpret_cast<A*>(shared);
+    __syncthreads();
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) shared[threadIdx.x / TPR][(v * TPR + lane) * VEC + i] = sums[v][i];
+      store_sums(sums[v], of_rows + threadIdx.x / TPR * kWidth + (v * TPR + lane) * VEC);
     }
     __syncthreads();
     for (int col = threadIdx.x; col < cols; col += TPR * RPB) {
       A sum = 0;
 #pragma unroll
-      for (int r = 0; r < RPB; ++r) sum += shared[r][col];
+      for (int r = 0; r < RPB; ++r) sum += of_rows[r * kWidth + col];
       out[col] = sum;
     }
-    __syncthreads();  // for a second call
   }
 }
 
 constexpr int kColumnSumWidth = 32;
 constexpr int kColumnSumHeight = 16;
+constexpr int kColumnSumLoads = 16;
 
-// out[col] = sum over rows of partial[row, col]. A block owns 32 columns; its rows of threads add every 16th
-// partial row each, in four sums, and all sums are added pairwise: rounding errors stay small, and loads
-// overlap.
+// A [rows, cols] of partial sums and where their sum over rows goes, or nulls.
+template <typename A, typename W>
+struct PartialSums {
+  const A* partial;
+  W* out;
+};
+
+// out[col] = sum over rows of partial[row, col], of the first pair by the blocks at y = 0, of the second by
+// those at y = 1. A block owns 32 columns; its rows of threads add every 32nd partial row each, with eight
+// loads under way and in as many sums, and all sums are added pairwise: rounding errors stay small.
+//
+// Launched as a programmatic dependent of the kernel that writes partial, it is in place when that ends.
 template <typename A, typename W>
 __global__ void __launch_bounds__(kColumnSumWidth* kColumnSumHeight)
-    column_sum_kernel(const A* __restrict__ partial, W* __restrict__ out, int rows, int cols) {
+    column_sum_kernel(PartialSums<A, W> first, PartialSums<A, W> second, int rows, int cols) {
   __shared__ A shared[kColumnSumHeight][kColumnSumWidth];
+  const auto [partial, out] = blockIdx.y == 0 ? first : second;
   const int col = blockIdx.x * kColumnSumWidth + threadIdx.x;
-  A sums[4] = {};
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+  A sums[kColumnSumLoads] = {};
   if (col < cols) {
-    for (int first = threadIdx.y; first < rows; first += 4 * kColumnSumHeight) {
+    for (int start = threadIdx.y; start < rows; start += kColumnSumLoads * kColumnSumHeight) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = first + i * kColumnSumHeight;
+      for (int i = 0; i < kColumnSumLoads; ++i) {
+        const int row = start + i * kColumnSumHeight;
         if (row < rows) sums[i] += partial[static_cast<int64_t>(row) * cols + col];
       }
     }
   }
-  shared[threadIdx.y][threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+  for (int half = kColumnSumLoads / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  shared[threadIdx.y][threadIdx.x] = sums[0];
   __syncthreads();
   if (threadIdx.y != 0 || col >= cols) return;
   A total[kColumnSumHeight];
@@ -75,6 +106,14 @@ __global__ void __launch_bounds__(kColumnSumWidth* kColumnSumHeight)
     for (int y = 0; y < half; ++y) total[y] += total[y + half];
   }
   out[col] = narrow<W>(total[0]);
+}
+
+// A kernel that writes partial sums says that column_sum_kernel may be put in place. What the blocks write
+// after it is visible there all the same.
+__device__ __forceinline__ void allow_column_sum() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
 }
 
 }  // namespace liger::cuda

@@ -29,10 +29,10 @@ struct BlockSum {
   }
 };
 
-// N numbers that are summed at once.
-template <typename A, int N>
+// N numbers, or tuples of numbers, that are summed at once.
+template <typename V, int N>
 struct Tuple {
-  A data[N];
+  V data[N];
 };
 
 // Sum over WIDTH neighbouring lanes of a warp, in each of them. `lanes` are those that take part.
@@ -42,8 +42,8 @@ __device__ __forceinline__ A warp_sum(A value, unsigned int lanes = 0xffffffffu)
   for (int offset = WIDTH / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(lanes, value, offset);
   return value;
 }
-template <int WIDTH = 32, typename A, int N>
-__device__ __forceinline__ Tuple<A, N> warp_sum(Tuple<A, N> value, unsigned int lanes = 0xffffffffu) {
+template <int WIDTH = 32, typename V, int N>
+__device__ __forceinline__ Tuple<V, N> warp_sum(Tuple<V, N> value, unsigned int lanes = 0xffffffffu) {
 #pragma unroll
   for (int i = 0; i < N; ++i) value.data[i] = warp_sum<WIDTH>(value.data[i], lanes);
   return value;

@@ -1,0 +1,50 @@
+#pragma once
+
+// Rows on their way from memory to the threads that own their columns. While a thread works on some rows, its
+// vectors of the next ones are copied into shared memory without passing through registers (cp.async; before
+// sm_80, plain loads and stores). A thread reads back only what it copied itself, so nobody waits for others.
+
+#include <cuda_pipeline.h>
+
+#include "cuda/common/vec.cuh"
+
+namespace liger::cuda {
+
+// Two stages of ROWS rows: NV vectors a thread and row of each of INPUTS tensors.
+template <typename T, int INPUTS, int NV, int THREADS, int ROWS>
+class RowRing {
+  using V = Vec<T, kVecSize<T>>;
+  static constexpr int kStageSize = ROWS * INPUTS * NV * THREADS;
+
+ public:
+  static constexpr int kBytes = 2 * kStageSize * static_cast<int>(sizeof(V));
+
+  // `shared` holds kBytes.
+  __device__ __forceinline__ explicit RowRing(unsigned char* shared)
+      : vectors_(reinterpret_cast<V*>(shared) + threadIdx.x) {}
+
+  // Begins to copy a vector to where the rows after these wait.
+  __device__ __forceinline__ void fetch(int row, int input, int v, const T* from) {
+    __pipeline_memcpy_async(vectors_ + (stage_ ^ 1) * kStageSize + place(row, input, v), from, sizeof(V));
+  }
+  // Ends a stage's copies: none may follow before `next`.
+  __device__ __forceinline__ void commit() { __pipeline_commit(); }
+  // Goes on to the rows that were fetched last. Those of before must have been read.
+  __device__ __forceinline__ void next() { stage_ ^= 1; }
+  // Waits until these rows are there, while the next ones, if they are committed, are on their way.
+  __device__ __forceinline__ void wait() { __pipeline_wait_prior(1); }
+
+  __device__ __forceinline__ const V& operator()(int row, int input, int v) const {
+    return vectors_[stage_ * kStageSize + place(row, input, v)];
+  }
+
+ private:
+  __device__ __forceinline__ static int place(int row, int input, int v) {
+    return ((row * INPUTS + input) * NV + v) * THREADS;
+  }
+
+  V* vectors_;
+  int stage_ = 0;
+};
+
+}  // namespace liger::cuda
