@@ -34,15 +34,14 @@ TORCH_LIBRARY(liger, m) {
       "str casting_mode, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
       kTags);
 
-  // sum: x + residual. y, rstd: of rms_norm(sum). dx and dresidual are equal and do not alias.
+  // sum: x + residual. y, rstd: of rms_norm(sum). dx: the gradient of x and of residual.
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor? weight=None, float eps=1e-06, float offset=0.0, "
       "str casting_mode=\"llama\") -> (Tensor y, Tensor sum, Tensor rstd)",
       kTags);
   m.def(
       "add_rms_norm_backward(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor rstd, "
-      "float offset, str casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) -> "
-      "(Tensor dx, Tensor dresidual, Tensor dweight)",
+      "float offset, str casting_mode, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
       kTags);
 
   // y: as x. mean, rstd: x without its last dimension, float32 (float64 for float64 x).

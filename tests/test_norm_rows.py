@@ -1,4 +1,4 @@
-"""Gradients of the norms over more rows than the GPU's blocks take at a time, for every shape of their kernels."""
+"""Gradients of the norms over more rows than a GPU takes at a time, for every shape of their kernels."""
 
 import pytest
 import torch
@@ -50,9 +50,8 @@ def gradients(function, arguments, upstream):
     leaves = [argument.clone().requires_grad_() for argument in arguments]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.autograd.grad(
-        outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    )
+    upstream = [gradient.to(outputs[0].dtype) for gradient in upstream]
+    return torch.autograd.grad(outputs, leaves, upstream)
 
 
 @pytest.mark.gpu

@@ -35,13 +35,12 @@ TensorTriple add_rms_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
   return {y, sum, rstd};
 }
 
-TensorTriple add_rms_norm_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
+TensorPair add_rms_norm_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
     const at::Tensor& sum, const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
-    std::string_view casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) {
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
   const bool round_normalized =
       check_add_rms_norm_backward(dy, dsum, sum, weight, rstd, casting_mode, need_dweight);
   auto dx = at::empty(need_dx ? sum.sizes() : at::IntArrayRef{0}, sum.options());
-  auto dresidual = at::empty(need_dresidual ? sum.sizes() : at::IntArrayRef{0}, sum.options());
   auto dweight = need_dweight ? at::empty(weight->sizes(), weight->options()) : at::empty({0}, sum.options());
   const auto sum_rows = as_rows(sum), dy_rows = as_rows(dy);
   const auto dsum_rows = dsum ? as_rows(*dsum) : Rows{};
@@ -57,7 +56,6 @@ TensorTriple add_rms_norm_backward_cpu(const at::Tensor& dy, const std::optional
       .weight = weight ? dense_weight.const_data_ptr() : nullptr,
       .rstd = dense_rstd.const_data_ptr(),
       .dx = need_dx ? dx.mutable_data_ptr() : nullptr,
-      .dresidual = need_dresidual ? dresidual.mutable_data_ptr() : nullptr,
       .partial = need_dweight ? partial.mutable_data_ptr() : nullptr,
       .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
       .rows = sum_rows.rows,
@@ -68,7 +66,7 @@ TensorTriple add_rms_norm_backward_cpu(const at::Tensor& dy, const std::optional
       .row_blocks = blocks,
       .offset = offset,
       .round_normalized = round_normalized});
-  return {dx, dresidual, dweight};
+  return {dx, dweight};
 }
 
 }  // namespace liger

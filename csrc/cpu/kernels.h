@@ -34,7 +34,6 @@ struct RmsNormBackward {
   const void* weight;  // [cols] or null
   const void* rstd;    // [rows]
   void* dx;            // [rows, cols] contiguous, or null
-  void* dresidual;     // as dx
   void* partial;       // [row_blocks, cols] in the accumulate type, or null
   void* dweight;       // [cols], or null
   int64_t rows, cols, dy_stride, dsum_stride, x_stride, row_blocks;

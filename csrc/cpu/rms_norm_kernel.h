@@ -64,7 +64,6 @@ void rms_norm_backward_typed(const RmsNormBackward& args) {
   const auto* weight = static_cast<const W*>(args.weight);
   const auto* rstd = static_cast<const A*>(args.rstd);
   auto* dx = static_cast<T*>(args.dx);
-  auto* dresidual = static_cast<T*>(args.dresidual);
   auto* partial = static_cast<A*>(args.partial);
   const int64_t cols = args.cols;
   const auto offset = P::fill(static_cast<A>(args.offset));
@@ -90,14 +89,13 @@ void rms_norm_backward_typed(const RmsNormBackward& args) {
         multiply_add(P::load(dy_row + i, count), factor, sum).store_wide(sums + i, count);
       }
     });
-    if (dx == nullptr && dresidual == nullptr) return;
+    if (dx == nullptr) return;
     const auto mean = P::fill(dot.total() / static_cast<A>(cols));
     for_each_pack<T>(cols, [&](int64_t i, auto count) {
       const auto n = P::load(x_row + i, count) * scale;
       auto gradient = scale * (scaled_gradient(i, count) - n * mean);
       if (dsum != nullptr) gradient = gradient + P::load(dsum + row * args.dsum_stride + i, count);
-      if (dx != nullptr) gradient.store(dx + row * cols + i, count);
-      if (dresidual != nullptr) gradient.store(dresidual + row * cols + i, count);
+      gradient.store(dx + row * cols + i, count);
     });
   });
   sum_row_blocks(partial, args.row_blocks, cols, static_cast<W*>(args.dweight));

@@ -43,18 +43,16 @@ TensorTriple add_rms_norm_cuda(const at::Tensor& x, const at::Tensor& residual,
   return {y, sum, rstd};
 }
 
-TensorTriple add_rms_norm_backward_cuda(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
+TensorPair add_rms_norm_backward_cuda(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
     const at::Tensor& sum, const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
-    std::string_view casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) {
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
   constexpr auto op = "add_rms_norm_backward";
   const bool round_normalized =
       check_add_rms_norm_backward(dy, dsum, sum, weight, rstd, casting_mode, need_dweight);
   const c10::cuda::CUDAGuard device_guard(sum.device());
   auto dx = at::empty(need_dx ? sum.sizes() : at::IntArrayRef{0}, sum.options());
-  auto dresidual = at::empty(need_dresidual ? sum.sizes() : at::IntArrayRef{0}, sum.options());
   if (sum.numel() == 0) {
-    return {dx, dresidual,
-        need_dweight ? at::zeros(weight->sizes(), weight->options()) : at::empty({0}, sum.options())};
+    return {dx, need_dweight ? at::zeros(weight->sizes(), weight->options()) : at::empty({0}, sum.options())};
   }
   auto dweight = need_dweight ? at::empty(weight->sizes(), weight->options()) : at::Tensor();
   const auto sum_rows = as_rows(sum), dy_rows = as_rows(dy);
@@ -74,7 +72,6 @@ TensorTriple add_rms_norm_backward_cuda(const at::Tensor& dy, const std::optiona
     args.weight = weight ? static_cast<const W*>(dense_weight.const_data_ptr()) : nullptr;
     args.rstd = static_cast<const A*>(dense_rstd.const_data_ptr());
     args.dx = need_dx ? static_cast<T*>(dx.mutable_data_ptr()) : nullptr;
-    args.dresidual = need_dresidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr;
     args.rows = sum_rows.rows;
     args.dy_stride = dy_rows.stride;
     args.dsum_stride = dsum_rows.stride;
@@ -85,7 +82,7 @@ TensorTriple add_rms_norm_backward_cuda(const at::Tensor& dy, const std::optiona
     cuda::launch_rms_norm_backward<true>(
         op, args, dweight, dense_rstd.options(), at::cuda::getCurrentCUDAStream());
   });
-  return {dx, dresidual, need_dweight ? dweight : at::empty({0}, sum.options())};
+  return {dx, need_dweight ? dweight : at::empty({0}, sum.options())};
 }
 
 }  // namespace liger

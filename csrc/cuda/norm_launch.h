@@ -22,7 +22,7 @@ struct RowConfig {
 };
 
 // f(RowConfig) with the narrowest forward kernel that holds a row of `vectors` 16-byte vectors; false if none
-// does. Where two tensors are read (RESIDUAL), the widest rows take all threads of a block.
+// does. Where two tensors are read (RESIDUAL), rows take more threads with fewer vectors each.
 template <bool RESIDUAL = false, typename F>
 bool with_forward_config(int64_t vectors, const F& f) {
   if (vectors <= 16) return f(RowConfig<1, 16, 16>{}), true;
@@ -30,12 +30,16 @@ bool with_forward_config(int64_t vectors, const F& f) {
   if (vectors <= 64) return f(RowConfig<2, 32, 4>{}), true;
   if (vectors <= 128) return f(RowConfig<1, 128, 1>{}), true;
   if (vectors <= 256) return f(RowConfig<2, 128, 1>{}), true;
-  if (vectors <= 512) return f(RowConfig<2, 256, 1>{}), true;
+  if (vectors <= 512) {
+    return f(std::conditional_t<RESIDUAL, RowConfig<2, 256, 1>, RowConfig<4, 128, 1>>{}), true;
+  }
   if (vectors <= 768) return f(RowConfig<3, 256, 1>{}), true;
-  if (vectors <= 1024)
+  if (vectors <= 1024) {
     return f(std::conditional_t<RESIDUAL, RowConfig<1, 1024, 1>, RowConfig<4, 256, 1>>{}), true;
-  if (vectors <= 2048)
+  }
+  if (vectors <= 2048) {
     return f(std::conditional_t<RESIDUAL, RowConfig<2, 1024, 1>, RowConfig<4, 512, 1>>{}), true;
+  }
   if (vectors <= 4096) return f(RowConfig<4, 1024, 1>{}), true;
   return false;
 }

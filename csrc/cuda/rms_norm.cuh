@@ -8,19 +8,21 @@
 // VEC elements each; rows of a warp or half a warp share a block. Bytes: x read once, y written once;
 // RESIDUAL: x and residual read, sum and y written.
 //
-// Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum and writes
-// the result twice. Each block of a grid that fits the GPU has a stretch of rows. A row's threads take ROWS
-// of them at a time, whose sums share a barrier, while the next are copied to shared memory (RowRing): one
-// block of few warps keeps a multiprocessor's share of memory busy. Each thread keeps its columns' part of
-// dweight = sum(dy * n) in registers, each block writes one row of partial sums, and column_sum_kernel adds
-// those in order. Bytes: dy, x and dsum read once, dx and dresidual written once, plus the partial sums,
-// which stay in L2.
+// Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum: the
+// gradient of x and of residual. Each block of a grid that fits the GPU has a stretch of rows. A row's
+// threads take ROWS of them at a time, whose sums share a barrier, while the next are copied to shared memory
+// (RowRing): one block of few warps keeps a multiprocessor's share of memory busy. Each thread keeps its
+// columns' part of dweight = sum(dy * n) in registers, each block writes one row of partial sums, and
+// column_sum_kernel adds those in order. Bytes: dy, x and dsum read once, dx written once, plus the partial
+// sums, which stay in L2.
 //
 // Rows that are too wide for a block, and rows that vectors do not fit, are read twice: forward by
 // rms_norm_forward_loop_kernel; backward first by rows for mean(m * n), then by columns, where nothing is
 // left to reduce.
 //
 // Fixed order throughout: bitwise reproducible on a given GPU.
+
+#include <type_traits>
 
 #include "cuda/common/column_sum.cuh"
 #include "cuda/common/reduce.cuh"
@@ -172,7 +174,6 @@ struct RmsNormBackwardArguments {
   const W* weight;  // or null
   const Accumulate<T>* rstd;
   T* dx;                   // or null
-  T* dresidual;            // RESIDUAL only, or null
   Accumulate<T>* partial;  // [blocks, cols] or null
   int64_t rows, dy_stride, dsum_stride, x_stride;
   int cols;
@@ -190,7 +191,7 @@ __device__ __forceinline__ void load_scale(
   for (int i = 0; i < VEC; ++i) scale[i] += args.offset;
 }
 
-// The gradient of VEC columns, given mean(m * n), to wherever it is wanted.
+// The gradient of VEC columns, given mean(m * n).
 template <typename T, typename W, int VEC, bool RESIDUAL>
 __device__ __forceinline__ void write_rms_norm_gradient(const RmsNormBackwardArguments<T, W>& args,
     const Vec<T, VEC>& dy, const Vec<T, VEC>& x, const Vec<T, VEC>& dsum, const Accumulate<T> (&scale)[VEC],
@@ -205,8 +206,7 @@ __device__ __forceinline__ void write_rms_norm_gradient(const RmsNormBackwardArg
     if (RESIDUAL && args.dsum != nullptr) gradient += widen(dsum.data[i]);
     out.data[i] = narrow<T>(gradient);
   }
-  if (args.dx != nullptr) out.store(args.dx + row * args.cols + col);
-  if (RESIDUAL && args.dresidual != nullptr) out.store(args.dresidual + row * args.cols + col);
+  out.store(args.dx + row * args.cols + col);
 }
 
 template <typename T, int NV, int TPR, int RPB, int ROWS, bool RESIDUAL>
@@ -229,7 +229,6 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   const int lane = threadIdx.x % TPR;
   const auto column = [&](int v) { return (v * TPR + lane) * VEC; };
   const bool has_dsum = RESIDUAL && args.dsum != nullptr;
-  const bool wants_dx = args.dx != nullptr || (RESIDUAL && args.dresidual != nullptr);
   const A inverse_size = A(1) / static_cast<A>(args.cols);
 
   // The block's rows, and those of this thread among the first.
@@ -277,29 +276,37 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     ring.wait();
     V dy[ROWS][kHold ? NV : 1], x[ROWS][kHold ? NV : 1];
     Tuple<A, ROWS> dot = {};
+    const auto add_rows = [&](auto round) {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      if (first + r >= end) break;
+      for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= end) break;
 #pragma unroll
-      for (int v = 0; v < NV; ++v) {
-        if (column(v) >= args.cols) break;
-        V& dy_held = dy[r][kHold ? v : 0];
-        V& x_held = x[r][kHold ? v : 0];
-        dy_held = ring(r, 0, v);
-        x_held = ring(r, 1, v);
-        A read_scale[VEC];
-        if constexpr (!kHold) load_scale(args, column(v), read_scale);
-        const auto& scale = kHold ? held_scale[kHold ? v : 0] : read_scale;
+        for (int v = 0; v < NV; ++v) {
+          if (column(v) >= args.cols) break;
+          V& dy_held = dy[r][kHold ? v : 0];
+          V& x_held = x[r][kHold ? v : 0];
+          dy_held = ring(r, 0, v);
+          x_held = ring(r, 1, v);
+          A read_scale[VEC];
+          if constexpr (!kHold) load_scale(args, column(v), read_scale);
+          const auto& scale = kHold ? held_scale[kHold ? v : 0] : read_scale;
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-          const A gradient = widen(dy_held.data[i]);
-          const A n = widen(x_held.data[i]) * rstd[r];
-          dot.data[r] += gradient * scale[i] * n;
-          sums[v][i] += gradient * (args.round_normalized ? rounded<T>(n) : n);
+          for (int i = 0; i < VEC; ++i) {
+            const A gradient = widen(dy_held.data[i]);
+            const A n = widen(x_held.data[i]) * rstd[r];
+            dot.data[r] += gradient * scale[i] * n;
+            sums[v][i] += gradient * (decltype(round)::value ? rounded<T>(n) : n);
+          }
         }
       }
+    };
+    // One branch for all rows: elements would each compute both.
+    if (sizeof(T) == 2 && args.round_normalized) {
+      add_rows(std::true_type{});
+    } else {
+      add_rows(std::false_type{});
     }
-    if (wants_dx) {
+    if (args.dx != nullptr) {
       dot = sum.all(dot);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {

@@ -54,7 +54,7 @@ void launch_rms_norm_backward(const char* op, RmsNormBackwardArguments<T, W> arg
     if (partial.defined()) args.partial = static_cast<A*>(partial.mutable_data_ptr());
   };
   const bool vectorizable = args.cols % kVec == 0 &&
-      aligned_pointers(args.dy, args.dsum, args.x, args.dx, args.dresidual, args.weight) &&
+      aligned_pointers(args.dy, args.dsum, args.x, args.dx, args.weight) &&
       aligned_strides(sizeof(T), args.x_stride, args.dy_stride, args.dsum_stride);
   const bool launched =
       vectorizable && with_rms_norm_backward_config<RESIDUAL>(args.cols / kVec, [&](auto config) {
@@ -75,7 +75,7 @@ void launch_rms_norm_backward(const char* op, RmsNormBackwardArguments<T, W> arg
       constexpr int kSize = decltype(vec)::value;
       at::Tensor mean_mn;
       A* mean_mn_data = nullptr;
-      if (args.dx != nullptr || args.dresidual != nullptr) {
+      if (args.dx != nullptr) {
         mean_mn = at::empty({args.rows}, accumulate_options);
         mean_mn_data = static_cast<A*>(mean_mn.mutable_data_ptr());
         rms_norm_backward_rows_kernel<T, W, kSize, kLoopThreads>

@@ -1,6 +1,5 @@
 #include "ops/add_rms_norm.h"
 
-#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 
 #include "ops/add_rms_norm_node.h"
@@ -23,11 +22,11 @@ TensorTriple add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
   return add_rms_norm_operator().call(x, residual, weight, eps, offset, casting_mode);
 }
 
-TensorTriple add_rms_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
+TensorPair add_rms_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
     const at::Tensor& sum, const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double offset,
-    std::string_view casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) {
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
   static const auto op = find_operator("liger::add_rms_norm_backward", add_rms_norm_backward);
-  return op.call(dy, dsum, sum, weight, rstd, offset, casting_mode, need_dx, need_dresidual, need_dweight);
+  return op.call(dy, dsum, sum, weight, rstd, offset, casting_mode, need_dx, need_dweight);
 }
 
 bool check_add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
@@ -66,14 +65,11 @@ TensorTriple add_rms_norm_meta(const at::Tensor& x, const at::Tensor& residual,
       at::empty_symint(leading, x.options().dtype(accumulate_type(x.scalar_type())))};
 }
 
-TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
+TensorPair add_rms_norm_backward_meta(const at::Tensor& dy, const std::optional<at::Tensor>& dsum,
     const at::Tensor& sum, const std::optional<at::Tensor>& weight, const at::Tensor& rstd, double /*offset*/,
-    std::string_view casting_mode, bool need_dx, bool need_dresidual, bool need_dweight) {
+    std::string_view casting_mode, bool need_dx, bool need_dweight) {
   check_add_rms_norm_backward(dy, dsum, sum, weight, rstd, casting_mode, need_dweight);
-  const auto like_sum = [&](bool needed) {
-    return needed ? at::empty_symint(sum.sym_sizes(), sum.options()) : at::empty({0}, sum.options());
-  };
-  return {like_sum(need_dx), like_sum(need_dresidual),
+  return {need_dx ? at::empty_symint(sum.sym_sizes(), sum.options()) : at::empty({0}, sum.options()),
       need_dweight ? at::empty_symint(weight->sym_sizes(), weight->options())
                    : at::empty({0}, sum.options())};
 }
@@ -81,14 +77,12 @@ TensorTriple add_rms_norm_backward_meta(const at::Tensor& dy, const std::optiona
 variable_list AddRmsNormBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
     const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode) {
   const auto &dy = grads[0], &dsum = grads[1];
-  if (!dy.defined()) {
-    // Only the sum was used.
-    return {wanted[0] ? dsum.clone() : at::Tensor(), wanted[1] ? dsum.clone() : at::Tensor(), at::Tensor()};
+  at::Tensor dx = dsum, dweight;  // where only the sum was used
+  if (dy.defined()) {
+    std::tie(dx, dweight) = add_rms_norm_backward(dy, optional_tensor(dsum), sum, optional_tensor(weight),
+        rstd, offset, casting_mode, wanted[0] || wanted[1], wanted[2]);
   }
-  auto [dx, dresidual, dweight] = add_rms_norm_backward(dy, optional_tensor(dsum), sum,
-      optional_tensor(weight), rstd, offset, casting_mode, wanted[0], wanted[1], wanted[2]);
-  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dresidual : at::Tensor(),
-      wanted[2] ? dweight : at::Tensor()};
+  return {wanted[0] ? dx : at::Tensor(), wanted[1] ? dx : at::Tensor(), wanted[2] ? dweight : at::Tensor()};
 }
 
 at::Tensor AddRmsNormBackward::rebuild() {

@@ -21,7 +21,7 @@ struct AddRmsNormBackward : RebuildableNode<AddRmsNormBackward> {
     return std::tie(self.sum, self.weight, self.rstd, self.offset, self.casting_mode);
   }
 
-  // dx = dresidual = dsum + the gradient of RMSNorm, added in float32 and rounded once.
+  // dx, for x and residual alike, = dsum + the gradient of RMSNorm, added in float32 and rounded once.
   static variable_list backward(const variable_list& grads, Wanted wanted, const at::Tensor& sum,
       const at::Tensor& weight, const at::Tensor& rstd, double offset, const std::string& casting_mode);
   at::Tensor rebuild() override;

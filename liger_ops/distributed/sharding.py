@@ -73,7 +73,7 @@ def _add_rms_norm(a: SimpleNamespace) -> Iterator[Strategy]:
 
 def _add_rms_norm_backward(a: SimpleNamespace) -> Iterator[Strategy]:
     for d in _rows(a.sum):
-        out = _wanted((a.need_dx, Shard(d)), (a.need_dresidual, Shard(d)), (a.need_dweight, Partial()))
+        out = _wanted((a.need_dx, Shard(d)), (a.need_dweight, Partial()))
         yield out, dict(dy=Shard(d), dsum=Shard(d), sum=Shard(d), rstd=Shard(d))
 
 

@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_partial_sums(
   }
 }
 
-constexpr int kColumnSumWidth = 32;
+constexpr int kColumnSumWidth = 16;
 constexpr int kColumnSumHeight = 16;
 constexpr int kColumnSumLoads = 16;
 
@@ -66,7 +66,7 @@ struct PartialSums {
 };
 
 // out[col] = sum over rows of partial[row, col], of the first pair by the blocks at y = 0, of the second by
-// those at y = 1. A block owns 32 columns; its rows of threads add every 32nd partial row each, with eight
+// those at y = 1. A block owns 16 columns; its rows of threads add every 16th partial row each, with sixteen
 // loads under way and in as many sums, and all sums are added pairwise: rounding errors stay small.
 //
 // Launched as a programmatic dependent of the kernel that writes partial, it is in place when that ends.
