@@ -109,6 +109,8 @@ class OperatorContract:
     bad_calls: list[BadCall] = []
     # Positions of the arguments that gradients flow into.
     differentiable: tuple[int, ...] = (0,)
+    # Of those, the ones whose gradient is that of another argument: the same tensor, as an addition has it.
+    shared: tuple[int, ...] = ()
     dtypes: list[torch.dtype] = DTYPES
     # Under autocast: the dtype of each output, from the float32 inputs and the autocast dtype.
     autocast_dtype: Callable[[torch.dtype], torch.dtype] = staticmethod(lambda autocast: torch.float32)
@@ -304,7 +306,12 @@ class OperatorContract:
         for old, new in zip(before, inputs.args, strict=True):
             assert old is None or torch.equal(old, new)
         storages = [a.untyped_storage().data_ptr() for a in inputs.args if a is not None and a.numel()]
-        results = [t.untyped_storage().data_ptr() for t in outputs + gradients if t.numel()]
+        distinct = [
+            gradient
+            for i, gradient in zip(self.differentiable, gradients, strict=True)
+            if i not in self.shared
+        ]
+        results = [t.untyped_storage().data_ptr() for t in outputs + distinct if t.numel()]
         assert not set(storages) & set(results)
         assert len(results) == len(set(results)), "two results share memory"
 

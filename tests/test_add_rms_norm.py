@@ -50,6 +50,7 @@ class TestAddRmsNorm(OperatorContract):
     function = staticmethod(add_rms_norm)
     reference = staticmethod(reference)
     differentiable = (0, 1, 2)
+    shared = (1,)
     cases = [
         case("llama", normal(3, 5, 64), 64),
         case("gemma", normal(3, 5, 64, offset=1.0, casting_mode="gemma"), 64),
