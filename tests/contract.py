@@ -306,11 +306,9 @@ class OperatorContract:
         for old, new in zip(before, inputs.args, strict=True):
             assert old is None or torch.equal(old, new)
         storages = [a.untyped_storage().data_ptr() for a in inputs.args if a is not None and a.numel()]
-        distinct = [
-            gradient
-            for i, gradient in zip(self.differentiable, gradients, strict=True)
-            if i not in self.shared
-        ]
+        apart = [id(inputs.args[i]) for i in self.shared]
+        leaves = self.leaves(inputs)
+        distinct = [g for leaf, g in zip(leaves, gradients, strict=True) if id(leaf) not in apart]
         results = [t.untyped_storage().data_ptr() for t in outputs + distinct if t.numel()]
         assert not set(storages) & set(results)
         assert len(results) == len(set(results)), "two results share memory"
