@@ -400,14 +400,27 @@ def accuracy_section(name: str, document: dict) -> str:
 
 
 def same_training(documents: dict[str, dict]) -> list[dict[str, dict]]:
-    """The measurements of whole models, those of the same steps on the same device together."""
-    groups: dict[str, dict[str, dict]] = {}
+    """The measurements of whole models: other models in the same steps on the same device together."""
+    groups: list[tuple[str, dict[str, dict]]] = []
+
+    def measured(document: dict) -> set[tuple[str, str]]:
+        return {(row["model"], row["provider"]) for row in document["training_results"]}
+
     for name, document in documents.items():
-        if "training_results" in document:
-            kind = {k: v for k, v in document["training"].items() if k != "steps"}
-            key = json.dumps([document["environment"]["device"], kind])
-            groups.setdefault(key, {})[name] = document
-    return list(groups.values())
+        if "training_results" not in document:
+            continue
+        kind = {k: v for k, v in document["training"].items() if k != "steps"}
+        key = json.dumps([document["environment"]["device"], kind])
+        for other, group in groups:
+            if other == key and not any(measured(d) & measured(document) for d in group.values()):
+                group[name] = document
+                break
+        else:
+            groups.append((key, {name: document}))
+    # Whole models first, then single ones.
+    return [
+        group for _, group in sorted(groups, key=lambda item: -len(next(iter(item[1].values()))["models"]))
+    ]
 
 
 def training_section(documents: dict[str, dict]) -> str:
