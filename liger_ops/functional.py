@@ -84,6 +84,7 @@ def add_rms_norm(
 
     `sum = x + residual`, rounded to the dtype as a separate addition rounds it, and `y = rms_norm(sum)`.
     Backward adds the gradients of both results in float32 and rounds once.
+    The gradients of x and residual are one tensor, as those of an addition are.
 
     Args:
         x: `[..., hidden]`.

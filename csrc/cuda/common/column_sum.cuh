@@ -21,9 +21,9 @@ __device__ __forceinline__ void store_sums(const A (&sums)[VEC], A* to) {
 }
 
 // Writes a block's sums into its row of partial ([gridDim.x, cols], or null). The thread `lane` of the TPR
-// threads of a row holds those of columns (v * TPR + lane) * VEC and the VEC - 1 after it; the sums of the
-// RPB rows that share the block are added in their order, through `shared`, which every thread has done with
-// once this is reached by all: RPB * NV * TPR * VEC numbers where RPB is not 1.
+// threads of a row holds those of columns (v * TPR + lane) * VEC and the VEC - 1 after it. Where RPB rows
+// share the block, their sums are added in their order through `shared`: RPB * NV * TPR * VEC numbers,
+// overwritten once all threads are here.
 template <int TPR, int RPB, typename A, int VEC, int NV>
 __device__ __forceinline__ void write_partial_sums(
     const A (&sums)[NV][VEC], A* partial, int cols, unsigned char* shared) {
