@@ -5,7 +5,7 @@
 `cuobjdump` lists what each kernel takes. Where there is a GPU, every operator runs once under PyTorch's
 profiler at the sizes of LLaMA 3.1 8B, which tells which of the kernels these sizes launch, and with what
 grid; otherwise all kernels of bfloat16 with whole vectors are listed, with the threads that their launch
-bounds allow.
+bounds allow, and the occupancy that registers, threads and declared shared memory allow.
 """
 
 from __future__ import annotations
@@ -212,8 +212,11 @@ def measured(library: Path, arch: str, ran: list[dict]) -> list[dict]:
         bounds = most_threads(library)
         for kernel in kernels:
             name = kernel["kernel"]
+            # The backward kernels of the norms take whole vectors alone, and have no parameter for it.
             whole = re.search(
-                r"<(liger::cuda::\w+, )?__nv_bfloat16, (__nv_bfloat16, )?(8\b|true|false)", name
+                r"norm_backward_kernel<__nv_bfloat16, __nv_bfloat16"
+                r"|<(liger::cuda::\w+, )?__nv_bfloat16, (__nv_bfloat16, )?(8\b|true|false)",
+                name,
             )
             if whole and not re.search(r"_(loop|rows|columns)_kernel", name):
                 rows.append({**kernel, "threads": bounds.get(kernel["mangled"])})
