@@ -48,11 +48,15 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 
 build: $(VENV)/built
 
+# A process a core, eight at most: each imports torch and transformers. Their threads share the cores, so a thread
+# that waits must not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: build
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-gpu: build
-	$(BIN)/python -m pytest -m "gpu or slow"
+	$(PYTEST) -m "gpu or slow"
 
 # The tests of the Hugging Face layer on the newest transformers and TRL. Their virtual environment sees the
 # packages of the first one behind its own, so torch is neither downloaded nor built for again.

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -175,6 +176,7 @@ class Job:
     layers: int | None
     checkpointing: bool
     seed: int
+    kernels: bool = False
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -224,6 +226,39 @@ def persistent_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return 2 * sum(parameters) + sum(states)
 
 
+# What a kernel is for, by what its name contains; the first that fits.
+KERNEL_GROUPS = {
+    "attention": ("flash", "fmha", "attention", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "optimizer": ("multi_tensor_apply", "Adam"),
+    "fused operators": ("liger", "_rms_norm", "_swiglu", "_triton_rope", "element_mul"),
+    "embedding": ("embedding", "index", "indexing", "radixSort", "DeviceSort"),
+}
+
+
+def kernel_times(step: Callable[[], object]) -> dict[str, dict]:
+    """GPU time of one step: milliseconds, launches and the kernels that take the most, by KERNEL_GROUPS."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    groups: dict[str, dict] = {}
+    for event in profiler.key_averages():
+        ms = event.self_device_time_total / 1e3
+        if event.device_type != torch.autograd.DeviceType.CUDA or ms == 0:
+            continue
+        name = event.key
+        fits = (group for group, words in KERNEL_GROUPS.items() if any(word in name for word in words))
+        group = groups.setdefault(next(fits, "other"), {"ms": 0.0, "launches": 0, "kernels": []})
+        group["ms"] += ms
+        group["launches"] += event.count
+        group["kernels"].append({"name": name[:160], "ms": ms, "launches": event.count})
+    for group in groups.values():
+        group["kernels"] = sorted(group["kernels"], key=lambda kernel: -kernel["ms"])[:8]
+    return dict(sorted(groups.items(), key=lambda item: -item[1]["ms"]))
+
+
 def run(job: Job) -> dict:
     """Train for a few steps; what came of it."""
     cuda = job.device == "cuda"
@@ -238,6 +273,14 @@ def run(job: Job) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda)
         generator = torch.Generator(job.device).manual_seed(job.seed)
         seconds, losses = [], []
+
+        def train(tokens: torch.Tensor) -> torch.Tensor:
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
         for step in range(WARM_UP_STEPS + job.steps):
             tokens = torch.randint(
                 config.vocab_size, (job.batch, job.length), generator=generator, device=job.device
@@ -247,10 +290,7 @@ def run(job: Job) -> dict:
                 if step == WARM_UP_STEPS:
                     torch.cuda.reset_peak_memory_stats()
             begin = time.perf_counter()
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = train(tokens)
             if cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
@@ -265,6 +305,8 @@ def run(job: Job) -> dict:
             peak = torch.cuda.max_memory_allocated()
             record["peak_mib"] = peak / MIB
             record["peak_beyond_states_mib"] = (peak - persistent_bytes(model, optimizer)) / MIB
+            if job.kernels:
+                record["kernel_times"] = kernel_times(lambda: train(tokens))
     except torch.OutOfMemoryError:
         record["failure"] = OUT_OF_MEMORY
     return record
@@ -364,6 +406,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--steps", type=int, default=5, help=f"timed, after {WARM_UP_STEPS} that are not")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument(
+        "--kernels", action="store_true", help="also record where the GPU's time goes in one more step"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--tiny", action="store_true", help="every model shrunk to a toy")
@@ -430,6 +475,7 @@ def main(argv: list[str] | None = None) -> int:
                 a.layers,
                 a.checkpointing,
                 a.seed,
+                a.kernels,
             )
             record = in_own_process(job, context, a.job_limit)
             results.append(record)

@@ -116,6 +116,40 @@ def test_float16_keeps_what_a_loss_scale_saves(device):
     assert exact[1].abs().max() / scale < torch.finfo(torch.float16).tiny
 
 
+# At the ends of what each kernel keeps of a row, an odd number, and more than any of them keeps.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "classes", [8, 1000, 32000, 32001, 32768, 32776, 65536, 65544, 128256, 131072, 131080, 163840, 163848]
+)
+def test_gradient_of_each_logit(classes, dtype):
+    """With the unit matrix for input, the weight holds the logits, and its gradient is theirs."""
+    rows = 700  # more than there are blocks at a time, so that a block goes on to another row
+    logits = 3 * torch.randn(rows, classes, device="cuda").to(dtype)
+    target = torch.randint(classes, (rows,), device="cuda")
+    logits[-1] = 1  # no row of the distribution stands out
+    logits[-2] -= 30000  # far from zero, where a float32 has few digits left
+    logits[-3, target[-3]] = 60  # as sure as can be
+    logits[-4, target[-4]] = -60
+    target[::7] = target[100:350] = target[-5] = -100
+    weight = logits.T.contiguous().requires_grad_()
+    loss = fused_linear_cross_entropy(
+        torch.eye(rows, device="cuda", dtype=dtype), weight, target, workspace_bytes=2**30
+    )
+    loss.backward()
+    exact_logits = logits.double().requires_grad_()
+    exact = F.cross_entropy(exact_logits, target)
+    exact.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    info = torch.finfo(dtype)
+    torch.testing.assert_close(
+        weight.grad.T.double(),
+        exact_logits.grad,
+        rtol=0.55 * info.eps,
+        atol=0.55 * info.smallest_normal * info.eps,
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 3, 50, 127, 128, 129, 300, 10**6])
 def test_any_number_of_chunks(device, rows):
     x, weight, target = make(device, tokens=300)

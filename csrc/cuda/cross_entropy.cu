@@ -1,6 +1,9 @@
 #include "cuda/cross_entropy.cuh"
 
+#include <algorithm>
+
 #include "cuda/launch.h"
+#include "cuda/shared_memory.h"
 #include "ops/cross_entropy_rows.h"
 
 namespace liger {
@@ -75,18 +78,60 @@ void dispatch_rows(const CrossEntropyRows& args, const F& launch) {
 // Small blocks keep several rows of a multiprocessor in flight, one row's reduction behind another's loads.
 constexpr int kThreads = 256;
 
-// launch(threads) with a compile-time constant. Where the row is read a second time it must not have left L2
-// (50 MiB on an H100), so long rows get larger blocks: 256 KiB of rows a multiprocessor, or one row, are in
-// flight.
+// launch(threads) with a compile-time constant, for kernels that write a row as long as they read it. Where
+// it is read a second time it must not have left L2 (50 MiB on an H100), so long rows get larger blocks: 256
+// KiB of rows a multiprocessor, or one row, are in flight.
 template <typename T, typename F>
 void dispatch_threads(int64_t cols, const F& launch) {
   const int64_t row_bytes = cols * static_cast<int64_t>(sizeof(T));
-  if (row_bytes <= 64 * 1024 || std::is_same_v<T, double>) {
+  if (row_bytes <= 32 * 1024 || std::is_same_v<T, double>) {
     launch(std::integral_constant<int, kThreads>{});
   } else if constexpr (!std::is_same_v<T, double>) {
     row_bytes <= 128 * 1024 ? launch(std::integral_constant<int, 512>{})
                             : launch(std::integral_constant<int, 1024>{});
   }
+}
+
+// A shape of cross_entropy_resident_kernel, with the blocks of it that a multiprocessor holds.
+template <int THREADS, int SHARED, int HELD, int BLOCKS>
+struct ResidentConfig {
+  static constexpr int threads = THREADS, shared = SHARED, held = HELD, blocks = BLOCKS;
+  static constexpr int vectors = THREADS * (SHARED + HELD);
+  static constexpr int shared_bytes = THREADS * SHARED * 16;
+};
+
+// f(ResidentConfig) with the smallest that holds a row of `vectors`; false if none does.
+template <typename F>
+bool with_resident_config(int64_t vectors, const F& f) {
+  using UpTo32K = ResidentConfig<256, 16, 0, 3>;
+  using UpTo64K = ResidentConfig<512, 12, 4, 2>;
+  using UpTo128K = ResidentConfig<1024, 12, 4, 1>;
+  using UpTo160K = ResidentConfig<1024, 12, 8, 1>;
+  if (vectors <= UpTo32K::vectors) return f(UpTo32K{});
+  if (vectors <= UpTo64K::vectors) return f(UpTo64K{});
+  if (vectors <= UpTo128K::vectors) return f(UpTo128K{});
+  return vectors <= UpTo160K::vectors && f(UpTo160K{});
+}
+
+// Whether cross_entropy_resident_kernel has done it.
+template <typename T>
+bool launch_resident(const cuda::CrossEntropyArguments<T>& args) {
+  constexpr int kVec = cuda::kVecSize<T>;
+  if (args.cols % kVec != 0 || !cuda::aligned_pointers(args.logits, args.dlogits) ||
+      !cuda::aligned_strides(sizeof(T), args.logits_stride, args.dlogits_stride)) {
+    return false;
+  }
+  return with_resident_config(args.cols / kVec, [&](auto config) {
+    if (!cuda::fits_shared_memory(config.shared_bytes)) return false;
+    const auto kernel =
+        cuda::cross_entropy_resident_kernel<T, config.threads, config.shared, config.held, config.blocks>;
+    static cuda::SharedMemoryLimit limit;
+    limit.raise(kernel, config.shared_bytes);
+    const auto blocks = std::min<int64_t>(args.rows, cuda::multiprocessors() * config.blocks);
+    kernel<<<static_cast<unsigned int>(blocks), config.threads, config.shared_bytes,
+        at::cuda::getCurrentCUDAStream()>>>(args);
+    return true;
+  });
 }
 
 void forward_cuda(const CrossEntropyRows& args) {
@@ -99,6 +144,9 @@ void forward_cuda(const CrossEntropyRows& args) {
   dispatch_rows(args, [&](auto element, auto plain) {
     using T = decltype(element);
     const auto arguments = kernel_arguments<T>(args);
+    if constexpr (sizeof(T) == 2 && plain()) {
+      if (args.dlogits.defined() && !args.predicted.defined() && launch_resident(arguments)) return;
+    }
     dispatch_argmax([&](auto argmax) {
       if (!args.dlogits.defined()) {
         cuda::cross_entropy_forward_kernel<T, plain(), false, argmax(), kThreads>
@@ -120,8 +168,10 @@ void backward_cuda(const CrossEntropyRows& args) {
   const auto stream = at::cuda::getCurrentCUDAStream();
   dispatch_rows(args, [&](auto element, auto plain) {
     using T = decltype(element);
-    cuda::cross_entropy_backward_kernel<T, plain(), kThreads>
-        <<<blocks, kThreads, 0, stream>>>(kernel_arguments<T>(args));
+    dispatch_threads<T>(args.logits.size(1), [&](auto threads) {
+      cuda::cross_entropy_backward_kernel<T, plain(), threads()>
+          <<<blocks, threads(), 0, stream>>>(kernel_arguments<T>(args));
+    });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -4,15 +4,18 @@
 //
 // A block owns a row. Forward: each thread keeps a running maximum and the sum of exp(y - maximum) over its
 // vectors; CUB combines the threads in a fixed order; the row's results are finished in float64 by one
-// thread. Where a gradient is wanted, the block reads its row again (from L2: the rows in flight fit there)
-// and writes it. Backward: the same second half, from the saved log-sum-exp.
+// thread. Where a gradient is wanted, the row is still there: a row of 16-bit logits that fits into a
+// multiprocessor's shared memory and registers was kept (cross_entropy_resident_kernel), others are read
+// again, from L2, where the rows in flight fit. Backward: the same second half, from the saved log-sum-exp.
 //
-// Bytes: loss alone reads the logits once. Loss and gradient read them once from memory, once from L2, and
-// write the gradient once. Backward reads and writes once. Rows start at any element: up to one vector of
-// scalars at either end makes the rest 16-byte aligned. Ignored rows are not read. Predicted tokens come out
-// of the first read, token scaling out of what a row knows anyway.
+// Bytes: loss alone reads the logits once. Loss and gradient read them once from memory, and write the
+// gradient once. Backward reads and writes once. Rows start at any element: up to one vector of scalars at
+// either end makes the rest 16-byte aligned. Ignored rows are not read. Predicted tokens come out of the
+// first read, token scaling out of what a row knows anyway.
 //
 // No atomics, fixed order throughout: bitwise reproducible on a given GPU.
+
+#include <cuda_pipeline.h>
 
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
@@ -67,11 +70,21 @@ struct CrossEntropyArguments {
   bool divide;  // see ops/cross_entropy_rows.h
 };
 
-// The fast exponential errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients.
+constexpr float kLog2E = 1.4426950408889634f;
+
+// 2^x. Errs by 2 ulp of float32, far below the rounding of 16-bit logits and gradients; results below the
+// smallest normal number are 0, which spares the instructions that would scale them.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// exp(x), of a precision that fits logits of type T.
 template <typename T>
 __device__ __forceinline__ Accumulate<T> exponential(Accumulate<T> x) {
   if constexpr (sizeof(T) == 2) {
-    return __expf(x);
+    return fast_exp2(x * kLog2E);
   } else if constexpr (sizeof(T) == 4) {
     return expf(x);
   } else {
@@ -173,17 +186,27 @@ struct RowSpans {
 };
 
 // What the gradient of a row needs besides its logits.
-template <typename A>
+template <typename T>
 struct RowGradient {
+  using A = Accumulate<T>;
   A lse, lse_low;
   A p_scale;       // factor of the probability
   A smooth_scale;  // factor of the class weight, subtracted
   A d_target;      // the true class, computed apart
+
+  __device__ __forceinline__ A probability(A y) const {
+    if constexpr (sizeof(T) == 2) {
+      // As exponential, with lse_low taken off in the multiplication.
+      return fast_exp2(fmaf(y - lse, kLog2E, -lse_low * kLog2E));
+    } else {
+      return exponential<T>((y - lse) - lse_low);
+    }
+  }
 };
 
 template <typename T>
-__device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEntropyArguments<T>& args,
-    int64_t row, int64_t target, Accumulate<T> y_target, Accumulate<T> lse, Accumulate<T> lse_low) {
+__device__ __forceinline__ RowGradient<T> row_gradient(const CrossEntropyArguments<T>& args, int64_t row,
+    int64_t target, Accumulate<T> y_target, Accumulate<T> lse, Accumulate<T> lse_low) {
   using A = Accumulate<T>;
   const A log_p = (y_target - lse) - lse_low;
   A upstream = args.dloss == nullptr ? A(1) : args.dloss[row * args.dloss_stride];
@@ -199,7 +222,7 @@ __device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEn
   const A ce_factor = (1 - args.label_smoothing) * target_weight + smoothing * weight_sum;
   const A z_factor = 2 * args.lse_square_scale * lse;
 
-  RowGradient<A> gradient;
+  RowGradient<T> gradient;
   gradient.lse = lse;
   gradient.lse_low = lse_low;
   gradient.p_scale = ce_scale * ce_factor + z_scale * z_factor;
@@ -215,11 +238,11 @@ __device__ __forceinline__ RowGradient<Accumulate<T>> row_gradient(const CrossEn
 }
 
 template <typename T, bool PLAIN>
-__device__ __forceinline__ T element_gradient(
-    const CrossEntropyArguments<T>& args, const RowGradient<Accumulate<T>>& row, Accumulate<T> x, int col) {
+__device__ __forceinline__ Accumulate<T> element_gradient(
+    const CrossEntropyArguments<T>& args, const RowGradient<T>& row, Accumulate<T> x, int col) {
   using A = Accumulate<T>;
   if constexpr (PLAIN) {
-    return narrow<T>(exponential<T>((x - row.lse) - row.lse_low) * row.p_scale);
+    return row.probability(x) * row.p_scale;
   } else {
     A y = x, slope = 1;
     if (args.softcap != 0) {
@@ -228,51 +251,55 @@ __device__ __forceinline__ T element_gradient(
       y = args.softcap * t;
     }
     const A weight = args.weight == nullptr ? A(1) : args.weight[col];
-    const A p = exponential<T>((y - row.lse) - row.lse_low);
-    return narrow<T>((p * row.p_scale - row.smooth_scale * weight) * slope);
+    return (row.probability(y) * row.p_scale - row.smooth_scale * weight) * slope;
   }
+}
+
+template <typename T, bool PLAIN, int N>
+__device__ __forceinline__ Packed<T, N> vector_gradient(
+    const CrossEntropyArguments<T>& args, const RowGradient<T>& row, const Packed<T, N>& x, int col) {
+  Accumulate<T> gradient[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) gradient[i] = element_gradient<T, PLAIN>(args, row, x[i], col + i);
+  return Packed<T, N>::narrowed(gradient);
 }
 
 // The block writes the gradient of its row; dx may be x.
 template <typename T, bool PLAIN, int THREADS>
-__device__ __forceinline__ void write_gradient(const CrossEntropyArguments<T>& args, const T* x, T* dx,
-    int64_t target, const RowGradient<Accumulate<T>>& row) {
+__device__ __forceinline__ void write_gradient(
+    const CrossEntropyArguments<T>& args, const T* x, T* dx, int64_t target, const RowGradient<T>& row) {
   constexpr int kVec = kVecSize<T>;
+  using Vector = Packed<T, kVec>;
   const int lane = threadIdx.x;
+  const auto write_one = [&](int col) {
+    vector_gradient<T, PLAIN>(args, row, Packed<T, 1>::load(x + col), col).store(dx + col);
+  };
   const bool same_alignment =
       (reinterpret_cast<std::uintptr_t>(x) ^ reinterpret_cast<std::uintptr_t>(dx)) % 16 == 0;
   if (same_alignment) {
     const RowSpans<T> spans(x, args.cols);
-    if (lane < spans.head) dx[lane] = element_gradient<T, PLAIN>(args, row, widen(x[lane]), lane);
-    // Both loads before the first store: the compiler must assume that dx is x.
-    constexpr int kUnroll = 2;
+    if (lane < spans.head) write_one(lane);
+    // All loads before the first store: the compiler must assume that dx is x.
+    constexpr int kUnroll = 4;
     for (int v = lane; v < spans.vectors; v += kUnroll * THREADS) {
-      Vec<T, kVec> held[kUnroll];
+      Vector held[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int vector = v + u * THREADS;
-        if (vector < spans.vectors) held[u] = Vec<T, kVec>::load(x + spans.head + vector * kVec);
+        if (vector < spans.vectors) held[u] = Vector::load(x + spans.head + vector * kVec);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int vector = v + u * THREADS;
         if (vector < spans.vectors) {
           const int col = spans.head + vector * kVec;
-          Vec<T, kVec> out;
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            out.data[i] = element_gradient<T, PLAIN>(args, row, widen(held[u].data[i]), col + i);
-          }
-          out.store(dx + col);
+          vector_gradient<T, PLAIN>(args, row, held[u], col).store(dx + col);
         }
       }
     }
-    const int last = spans.tail + lane;
-    if (last < args.cols) dx[last] = element_gradient<T, PLAIN>(args, row, widen(x[last]), last);
+    if (spans.tail + lane < args.cols) write_one(spans.tail + lane);
   } else {
-    for (int col = lane; col < args.cols; col += THREADS) {
-      dx[col] = element_gradient<T, PLAIN>(args, row, widen(x[col]), col);
-    }
+    for (int col = lane; col < args.cols; col += THREADS) write_one(col);
   }
   // The true class goes last: whoever wrote its column before must be done.
   __syncthreads();
@@ -292,6 +319,42 @@ __device__ __forceinline__ void write_zeros(T* dx, int cols) {
   if (spans.tail + lane < cols) dx[spans.tail + lane] = zeros.data[0];
 }
 
+// The largest of the elements, and NaN only where all are.
+template <typename T, int N, int G>
+__device__ __forceinline__ Accumulate<T> largest_of(const Packed<T, N> (&values)[G]) {
+  using Vectors = Packed<T, N>;
+  if constexpr (Vectors::kPairs) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    Packed<T, 2> most = {values[0].words[0]};
+    auto& pair = reinterpret_cast<Pair&>(most.words[0]);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+      for (int w = g == 0; w < Vectors::kWords; ++w) {
+        pair = __hmax2(pair, reinterpret_cast<const Pair&>(values[g].words[w]));
+      }
+    }
+    return larger(most[0], most[1]);
+  } else {
+    Accumulate<T> most = values[0][0];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) most = larger(most, values[g][i]);
+    }
+    return most;
+  }
+}
+
+// Vectors of a row in memory or, beyond its end, of -inf.
+template <typename T, int N>
+__device__ __forceinline__ Packed<T, N> nothing() {
+  Accumulate<T> values[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = -std::numeric_limits<Accumulate<T>>::infinity();
+  return Packed<T, N>::narrowed(values);
+}
+
 // The running maximum and sum of a thread, and with label smoothing the sum of w * (y - y_t): a sum of w * y
 // would lose the digits of large logits that differ little. ARGMAX: also where the largest logit is.
 template <typename T, bool PLAIN, bool ARGMAX>
@@ -301,48 +364,86 @@ struct RunningStatistics {
   A y_target = 0;  // with label smoothing
   FirstMaximum<A> first;
 
-  template <int N>
-  __device__ __forceinline__ void add(const CrossEntropyArguments<T>& args, const T (&values)[N], int col) {
-    A y[N];
-    A most = max;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      y[i] = soft_capped<T, PLAIN>(widen(values[i]), args.softcap);
-      most = larger(most, y[i]);
-    }
+  // The columns from `col` on, and `step` on from there for every further vector. Vectors at or beyond column
+  // `end` are `nothing`.
+  template <int N, int G>
+  __device__ __forceinline__ void add(
+      const CrossEntropyArguments<T>& args, const Packed<T, N> (&values)[G], int col, int step, int end) {
+    const A largest = largest_of(values);
+    // Soft-capping keeps the order, but for rounding.
+    const A most = larger(max, soft_capped<T, PLAIN>(largest, args.softcap));
     const A scale = exponential<T>(max - most);
     sum *= scale;
     low *= scale;
     max = most;
-    A terms = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) terms += exponential<T>(y[i] - most);
-    add_compensated(sum, low, terms);
-    if constexpr (ARGMAX) {
-      // Of the logits themselves: soft-capped, different ones may round to the same.
-      A largest = most;
-      if constexpr (!PLAIN) {
-        largest = widen(values[0]);
+    for (int g = 0; g < G; ++g) {
+      if (!PLAIN && col + g * step >= end) break;
+      A terms = 0;
 #pragma unroll
-        for (int i = 1; i < N; ++i) largest = larger(largest, widen(values[i]));
+      for (int i = 0; i < N; ++i) {
+        const A y = soft_capped<T, PLAIN>(values[g][i], args.softcap);
+        terms += exponential<T>(y - most);
+        if constexpr (!PLAIN) {
+          if (args.label_smoothing != 0) {
+            weighted += (args.weight == nullptr ? A(1) : args.weight[col + g * step + i]) * (y - y_target);
+          }
+        }
       }
-      // The elements are looked at one by one when there is something to find, which is rare: a new maximum,
-      // or a NaN, which passes by `larger` but not by the sum.
+      add_compensated(sum, low, terms);
+    }
+    if constexpr (ARGMAX) {
+      // Of the logits themselves: soft-capped, different ones may round to the same. The elements are looked
+      // at one by one when there is something to find, which is rare: a new maximum, or a NaN, which passes
+      // by `larger` but not by the sum.
       if (largest > first.value || sum != sum) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) first.add(widen(values[i]), col + i);
-      }
-    }
-    if constexpr (!PLAIN) {
-      if (args.label_smoothing != 0) {
+        for (int g = 0; g < G; ++g) {
+          if (col + g * step >= end) break;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          weighted += (args.weight == nullptr ? A(1) : args.weight[col + i]) * (y[i] - y_target);
+          for (int i = 0; i < N; ++i) first.add(values[g][i], col + g * step + i);
         }
       }
     }
   }
 };
+
+// A log-sum-exp and what its rounding took off.
+template <typename A>
+struct LogSumExp {
+  A high, low;
+};
+
+// One thread writes the results of a row. weighted: with label smoothing, the sum of w * (y - y_t).
+template <typename T, bool PLAIN>
+__device__ __forceinline__ LogSumExp<Accumulate<T>> finish_row(const CrossEntropyArguments<T>& args,
+    int64_t row, int64_t target, Accumulate<T> y_target, const MaxAndSum<Accumulate<T>>& total,
+    double weighted) {
+  using A = Accumulate<T>;
+  const double max = total.max;
+  const double log_sum = log(static_cast<double>(total.sum) + static_cast<double>(total.low));
+  const A lse = static_cast<A>(max + log_sum);
+  const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
+  args.lse[row] = lse;
+  if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
+  const double smoothing = args.label_smoothing;
+  const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
+  const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
+  double loss = (1 - smoothing) * target_weight * neg_log_p;
+  if constexpr (!PLAIN) {
+    if (smoothing != 0) {
+      const double weight_sum = args.totals[2];
+      loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
+    }
+  }
+  if (args.use_token_scaling) {
+    const double p = exp(-neg_log_p);
+    loss *= p;
+    args.row_scale[row] = static_cast<A>(p);
+  }
+  args.ce[row] = static_cast<A>(loss);
+  return {lse, lse_low};
+}
 
 // GRADIENT: also writes the gradient, into dlogits. ARGMAX: also writes the predicted class. The registers of
 // a multiprocessor hold 1024 / THREADS blocks: with a row a block, that is the number of rows in flight.
@@ -355,8 +456,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
   using ReduceSum = cub::BlockReduce<double, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   using ReduceFirst = cub::BlockReduce<FirstMaximum<A>, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
   constexpr int kVec = kVecSize<T>;
+  using Vector = Packed<T, kVec>;
   // Vectors in flight, as many as the registers hold.
-  constexpr int kUnroll = ARGMAX && (GRADIENT || !PLAIN) ? 2 : 4;
+  constexpr int kUnroll = ARGMAX && (GRADIENT || !PLAIN) ? 2 : PLAIN && !GRADIENT && !ARGMAX ? 8 : 4;
   __shared__ union {
     typename ReducePair::TempStorage pair;
     typename ReduceSum::TempStorage sum;
@@ -388,28 +490,21 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
     if (args.label_smoothing != 0) running.y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
   }
   const RowSpans<T> spans(x, args.cols);
-  if (lane < spans.head) {
-    const T value[1] = {x[lane]};
-    running.add(args, value, lane);
-  }
-  const T* body = x + spans.head;
+  const auto add_one = [&](int col) {
+    const Packed<T, 1> value[1] = {Packed<T, 1>::load(x + col)};
+    running.add(args, value, col, 0, args.cols);
+  };
+  if (lane < spans.head) add_one(lane);
   for (int v = lane; v < spans.vectors; v += kUnroll * THREADS) {
-    Vec<T, kVec> held[kUnroll];
+    Vector held[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (v + u * THREADS < spans.vectors) held[u] = Vec<T, kVec>::load(body + (v + u * THREADS) * kVec);
+      const int vector = v + u * THREADS;
+      held[u] = vector < spans.vectors ? Vector::load(x + spans.head + vector * kVec) : nothing<T, kVec>();
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (v + u * THREADS < spans.vectors) {
-        running.add(args, held[u].data, spans.head + (v + u * THREADS) * kVec);
-      }
-    }
+    running.add(args, held, spans.head + v * kVec, THREADS * kVec, spans.tail);
   }
-  if (spans.tail + lane < args.cols) {
-    const T value[1] = {x[spans.tail + lane]};
-    running.add(args, value, spans.tail + lane);
-  }
+  if (spans.tail + lane < args.cols) add_one(spans.tail + lane);
 
   if constexpr (ARGMAX) {
     const auto first = ReduceFirst(storage.first).Reduce(running.first, CombineFirstMaxima<A>{});
@@ -427,30 +522,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
       ReducePair(storage.pair).Reduce(Pair{running.max, running.sum, running.low}, CombineMaxAndSum<T>{});
   if (lane == 0) {
     const A y_target = soft_capped<T, PLAIN>(widen(x[target]), args.softcap);
-    const double max = total.max;
-    const double log_sum = log(static_cast<double>(total.sum) + static_cast<double>(total.low));
-    const A lse = static_cast<A>(max + log_sum);
-    const A lse_low = static_cast<A>((max - static_cast<double>(lse)) + log_sum);
-    args.lse[row] = lse;
-    if (args.lse_low != nullptr) args.lse_low[row] = lse_low;
-    const double smoothing = args.label_smoothing;
-    const double target_weight = args.weight == nullptr ? 1.0 : static_cast<double>(args.weight[target]);
-    const double neg_log_p = (max - static_cast<double>(y_target)) + log_sum;
-    double loss = (1 - smoothing) * target_weight * neg_log_p;
-    if constexpr (!PLAIN) {
-      if (smoothing != 0) {
-        const double weight_sum = args.totals[2];
-        loss += smoothing / args.cols * (weight_sum * neg_log_p - weighted);
-      }
-    }
-    if (args.use_token_scaling) {
-      const double p = exp(-neg_log_p);
-      loss *= p;
-      args.row_scale[row] = static_cast<A>(p);
-    }
-    args.ce[row] = static_cast<A>(loss);
-    shared_lse = lse;
-    shared_lse_low = lse_low;
+    const auto lse = finish_row<T, PLAIN>(args, row, target, y_target, total, weighted);
+    shared_lse = lse.high;
+    shared_lse_low = lse.low;
     shared_y_target = y_target;
   }
   if constexpr (GRADIENT) {
@@ -458,6 +532,136 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : 1024 / THREADS)
     __syncthreads();
     const auto gradient = row_gradient(args, row, target, shared_y_target, shared_lse, shared_lse_low);
     write_gradient<T, PLAIN, THREADS>(args, x, dx, target, gradient);
+  }
+}
+
+// Loss and gradient of rows that fit into a multiprocessor, so that the logits are read once. A thread has
+// SHARED vectors of a row in shared memory, where it alone reads what it copied, and HELD more in registers.
+// Having written the gradient of a vector it begins to fetch the one of the block's next row in its place, so
+// that memory stays busy while that row's statistics are taken. Rows are aligned vectors without head or
+// tail.
+template <typename T, int THREADS, int SHARED, int HELD, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    cross_entropy_resident_kernel(CrossEntropyArguments<T> args) {
+  using A = Accumulate<T>;
+  using Pair = MaxAndSum<A>;
+  using ReducePair = cub::BlockReduce<Pair, THREADS, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  constexpr int kVec = kVecSize<T>;
+  constexpr int kGroup = 2;    // vectors whose maximum is taken before their exponentials
+  constexpr int kOfStage = 4;  // vectors whose copies are waited for at once
+  using Vector = Packed<T, kVec>;
+  static_assert(SHARED % kOfStage == 0 && kOfStage % kGroup == 0 && HELD % kGroup == 0);
+  extern __shared__ __align__(16) unsigned char shared_rows[];
+  __shared__ typename ReducePair::TempStorage storage;
+  __shared__ A shared_lse, shared_lse_low;
+
+  const int lane = threadIdx.x;
+  const int vectors = args.cols / kVec;
+  auto* slots = reinterpret_cast<Vec<uint32_t, 4>*>(shared_rows) + lane;
+  Vector held[HELD == 0 ? 1 : HELD];
+  const auto takes_part = [&](int64_t target) {
+    return target != args.ignore_index && target >= 0 && target < args.cols;
+  };
+  const auto fetch_shared = [&](const T* x, int s) {
+    const int v = s * THREADS + lane;
+    if (v < vectors) __pipeline_memcpy_async(slots + s * THREADS, x + v * kVec, 16);
+    if (s % kOfStage == kOfStage - 1) __pipeline_commit();
+  };
+  const auto fetch_held = [&](const T* x, int h) {
+    const int v = (SHARED + h) * THREADS + lane;
+    if (v < vectors) held[h] = Vector::load(x + v * kVec);
+  };
+  const auto fetch = [&](const T* x) {
+#pragma unroll
+    for (int s = 0; s < SHARED; ++s) fetch_shared(x, s);
+#pragma unroll
+    for (int h = 0; h < HELD; ++h) fetch_held(x, h);
+  };
+
+  // What no row reaches stays nothing throughout.
+#pragma unroll
+  for (int s = 0; s < SHARED; ++s) {
+    if (s * THREADS + lane >= vectors) nothing<T, kVec>().store(reinterpret_cast<T*>(slots + s * THREADS));
+  }
+#pragma unroll
+  for (int h = 0; h < HELD; ++h) held[h] = nothing<T, kVec>();
+
+  // Last rows first: a matrix product that has just written the logits left those in L2.
+  int64_t row = args.rows - 1 - blockIdx.x;
+  int64_t target = row >= 0 ? args.target[row] : args.ignore_index;
+  if (takes_part(target)) fetch(args.logits + row * args.logits_stride);
+  while (row >= 0) {
+    const int64_t next = row - gridDim.x;
+    const int64_t next_target = next >= 0 ? args.target[next] : args.ignore_index;
+    const bool fetch_next = takes_part(next_target);
+    const T* x_next = args.logits + next * args.logits_stride;
+    const T* x = args.logits + row * args.logits_stride;
+    T* dx = args.dlogits + row * args.dlogits_stride;
+    if (!takes_part(target)) {
+      // cross_entropy_totals_kernel reported targets out of range; here they must do no harm.
+      if (lane == 0) {
+        args.ce[row] = 0;
+        if (args.lse_low != nullptr) args.lse_low[row] = 0;
+        args.lse[row] = 0;
+        if (args.row_scale != nullptr) args.row_scale[row] = 0;
+      }
+      write_zeros<T, THREADS>(dx, args.cols);
+      if (fetch_next) fetch(x_next);
+    } else {
+      const A y_target = widen(x[target]);
+      RunningStatistics<T, true, false> running;
+#pragma unroll
+      for (int s = 0; s < SHARED; s += kGroup) {
+        if (s % kOfStage == 0) __pipeline_wait_prior((SHARED - kOfStage - s) / kOfStage);
+        Vector group[kGroup];
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          group[g] = Vector::load(reinterpret_cast<const T*>(slots + (s + g) * THREADS));
+        }
+        running.add(args, group, 0, 0, args.cols);
+      }
+#pragma unroll
+      for (int h = 0; h < HELD; h += kGroup) {
+        Vector group[kGroup];
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) group[g] = held[h + g];
+        running.add(args, group, 0, 0, args.cols);
+      }
+      const Pair total =
+          ReducePair(storage).Reduce(Pair{running.max, running.sum, running.low}, CombineMaxAndSum<T>{});
+      if (lane == 0) {
+        const auto lse = finish_row<T, true>(args, row, target, y_target, total, 0.0);
+        shared_lse = lse.high;
+        shared_lse_low = lse.low;
+      }
+      __syncthreads();
+      const auto gradient = row_gradient(args, row, target, y_target, shared_lse, shared_lse_low);
+      // The column of the true class, if it is this thread's, counted from the vector's first.
+      const auto write = [&](const Vector& logits, int v) {
+        if (v >= vectors) return;
+        auto result = vector_gradient<T, true>(args, gradient, logits, 0);
+        const unsigned int own = static_cast<unsigned int>(static_cast<int>(target) - v * kVec);
+        if (own < kVec) {
+          A values[kVec];
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) values[i] = own == i ? gradient.d_target : result[i];
+          result = Vector::narrowed(values);
+        }
+        result.store(dx + v * kVec);
+      };
+#pragma unroll
+      for (int s = 0; s < SHARED; ++s) {
+        write(Vector::load(reinterpret_cast<const T*>(slots + s * THREADS)), s * THREADS + lane);
+        if (fetch_next) fetch_shared(x_next, s);
+      }
+#pragma unroll
+      for (int h = 0; h < HELD; ++h) {
+        write(held[h], (SHARED + h) * THREADS + lane);
+        if (fetch_next) fetch_held(x_next, h);
+      }
+    }
+    row = next;
+    target = next_target;
   }
 }
 

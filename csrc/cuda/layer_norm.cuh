@@ -61,37 +61,35 @@ __device__ __forceinline__ RowNormalizer<A> row_normalizer(A center, Tuple<A, 2>
 }
 
 template <typename T, int VEC>
-__device__ __forceinline__ Accumulate<T> sum_of(const Vec<T, VEC>& x) {
+__device__ __forceinline__ Accumulate<T> sum_of(const Packed<T, VEC>& x) {
   Accumulate<T> sum = 0;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) sum += widen(x.data[i]);
+  for (int i = 0; i < VEC; ++i) sum += x[i];
   return sum;
 }
 
 template <typename T, int VEC>
 __device__ __forceinline__ void add_differences(
-    const Vec<T, VEC>& x, Accumulate<T> center, Tuple<Accumulate<T>, 2>& sums) {
+    const Packed<T, VEC>& x, Accumulate<T> center, Tuple<Accumulate<T>, 2>& sums) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    const auto difference = widen(x.data[i]) - center;
+    const auto difference = x[i] - center;
     sums.data[0] += difference;
     sums.data[1] += difference * difference;
   }
 }
 
 template <typename T, typename W, int VEC>
-__device__ __forceinline__ void write_layer_norm(const LayerNormArguments<T, W>& args, const Vec<T, VEC>& x,
-    const RowNormalizer<Accumulate<T>>& normalize, int64_t row, int col) {
+__device__ __forceinline__ void write_layer_norm(const LayerNormArguments<T, W>& args,
+    const Packed<T, VEC>& x, const RowNormalizer<Accumulate<T>>& normalize, int64_t row, int col) {
   using A = Accumulate<T>;
   A weight[VEC], bias[VEC];
   load_wide_or<W, VEC>(args.weight, col, 1, weight);
   load_wide_or<W, VEC>(args.bias, col, 0, bias);
-  Vec<T, VEC> out;
+  A y[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    out.data[i] = narrow<T>(normalize(widen(x.data[i])) * weight[i] + bias[i]);
-  }
-  out.store(args.y + row * args.cols + col);
+  for (int i = 0; i < VEC; ++i) y[i] = normalize(x[i]) * weight[i] + bias[i];
+  Packed<T, VEC>::narrowed(y).store(args.y + row * args.cols + col);
 }
 
 template <typename T, typename W>
@@ -104,7 +102,7 @@ __device__ __forceinline__ void write_statistics(
 template <typename T, typename W, int VEC, int NV, int TPR, int RPB>
 __global__ void __launch_bounds__(TPR* RPB) layer_norm_forward_kernel(LayerNormArguments<T, W> args) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<A, TPR, RPB>;
   using Sum2 = RowSum<Tuple<A, 2>, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(TPR* RPB) layer_norm_forward_kernel(LayerNormA
 template <typename T, typename W, int VEC, int THREADS>
 __global__ void __launch_bounds__(THREADS, 2) layer_norm_forward_loop_kernel(LayerNormArguments<T, W> args) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<A, THREADS, 1>;
   using Sum2 = RowSum<Tuple<A, 2>, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
@@ -194,12 +192,12 @@ __device__ __forceinline__ RowMeans<A> row_means(Tuple<A, 3> sums, A rstd, A inv
 }
 
 template <typename T, int VEC>
-__device__ __forceinline__ void add_moments(const Vec<T, VEC>& dy, const Vec<T, VEC>& x,
+__device__ __forceinline__ void add_moments(const Packed<T, VEC>& dy, const Packed<T, VEC>& x,
     const Accumulate<T> (&weight)[VEC], Accumulate<T> mean, Tuple<Accumulate<T>, 3>& sums) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    const auto m = widen(dy.data[i]) * weight[i];
-    const auto difference = widen(x.data[i]) - mean;
+    const auto m = dy[i] * weight[i];
+    const auto difference = x[i] - mean;
     sums.data[0] += m;
     sums.data[1] += m * difference;
     sums.data[2] += difference;
@@ -209,20 +207,20 @@ __device__ __forceinline__ void add_moments(const Vec<T, VEC>& dy, const Vec<T, 
 // VEC columns of a row: adds dy * n to dweight, and writes dx where it is wanted.
 template <typename T, typename W, int VEC>
 __device__ __forceinline__ void write_layer_norm_gradient(const LayerNormBackwardArguments<T, W>& args,
-    const Vec<T, VEC>& dy, const Vec<T, VEC>& x, const Accumulate<T> (&weight)[VEC],
+    const Packed<T, VEC>& dy, const Packed<T, VEC>& x, const Accumulate<T> (&weight)[VEC],
     const RowNormalizer<Accumulate<T>>& normalize, const RowMeans<Accumulate<T>>& means, int64_t row, int col,
     Accumulate<T> (&dweight)[VEC]) {
   using A = Accumulate<T>;
   const A rstd = normalize.rstd, mean_m = rstd * means.m, mean_mn = rstd * means.mn;
-  Vec<T, VEC> out;
+  A dx[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    const A gradient = widen(dy.data[i]);
-    const A n = normalize(widen(x.data[i]));
+    const A gradient = dy[i];
+    const A n = normalize(x[i]);
     dweight[i] += gradient * n;
-    out.data[i] = narrow<T>((gradient * weight[i] * rstd - mean_m) - n * mean_mn);
+    dx[i] = (gradient * weight[i] * rstd - mean_m) - n * mean_mn;
   }
-  if (args.dx != nullptr) out.store(args.dx + row * args.cols + col);
+  if (args.dx != nullptr) Packed<T, VEC>::narrowed(dx).store(args.dx + row * args.cols + col);
 }
 
 template <typename T, int NV, int TPR, int RPB, int ROWS>
@@ -233,7 +231,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     layer_norm_backward_kernel(LayerNormBackwardArguments<T, W> args) {
   using A = Accumulate<T>;
   constexpr int VEC = kVecSize<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<Tuple<Tuple<A, 3>, ROWS>, TPR, RPB>;
   constexpr int kStep = ROWS * RPB;
   // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
@@ -310,7 +308,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
         if constexpr (!kHold) load_wide_or<W, VEC>(args.weight, column(v), 1, read_weight);
         add_moments(dy_held, x_held, kHold ? held_weight[kHold ? v : 0] : read_weight, mean[r], sums.data[r]);
 #pragma unroll
-        for (int i = 0; i < VEC; ++i) dbias[v][i] += widen(dy_held.data[i]);
+        for (int i = 0; i < VEC; ++i) dbias[v][i] += dy_held[i];
       }
     }
     if (wants_n) {
@@ -347,7 +345,7 @@ template <typename T, typename W, int VEC, int THREADS>
 __global__ void __launch_bounds__(THREADS, 2)
     layer_norm_backward_rows_kernel(LayerNormBackwardArguments<T, W> args, RowMeans<Accumulate<T>>* means) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<Tuple<A, 3>, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
@@ -370,7 +368,7 @@ template <typename T, typename W, int VEC, int THREADS>
 __global__ void __launch_bounds__(THREADS) layer_norm_backward_columns_kernel(
     LayerNormBackwardArguments<T, W> args, const RowMeans<Accumulate<T>>* means) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   const int col = (blockIdx.x * THREADS + threadIdx.x) * VEC;
   if (col >= args.cols) return;
   A weight[VEC];
@@ -379,7 +377,7 @@ __global__ void __launch_bounds__(THREADS) layer_norm_backward_columns_kernel(
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     const V dy = V::load(args.dy + row * args.dy_stride + col);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) dbias[i] += widen(dy.data[i]);
+    for (int i = 0; i < VEC; ++i) dbias[i] += dy[i];
     if (means == nullptr) continue;
     const V x = V::load(args.x + row * args.x_stride + col);
     const RowMeans<A> of_row = means[row];

@@ -4,13 +4,12 @@
 // over rows.
 
 #include <ATen/ops/empty.h>
-#include <c10/util/CallOnce.h>
 
 #include <algorithm>
-#include <array>
 
 #include "cuda/common/column_sum.cuh"
 #include "cuda/launch.h"
+#include "cuda/shared_memory.h"
 
 namespace liger::cuda {
 
@@ -57,27 +56,6 @@ struct BackwardConfig {
     return static_cast<int>(
         std::min<int64_t>((rows_in_all + kStep - 1) / kStep, multiprocessors() * BLOCKS_PER_SM));
   }
-};
-
-// Whether blocks may have `bytes` of dynamic shared memory beside the few hundred that sums take.
-inline bool fits_shared_memory(int bytes) {
-  return static_cast<std::size_t>(bytes) + 1024 <=
-      at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin;
-}
-
-// Allows the kernel that an object of this type belongs to more dynamic shared memory than the 48 KiB that
-// every kernel may have: once for every device.
-class SharedMemoryLimit {
- public:
-  template <typename Kernel>
-  void raise(Kernel* kernel, int bytes) {
-    c10::call_once(raised_[c10::cuda::current_device()], [&] {
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    });
-  }
-
- private:
-  std::array<c10::once_flag, C10_COMPILE_TIME_MAX_GPUS> raised_;
 };
 
 // Threads of the kernels that read a row in a loop, and of those that own columns.

@@ -53,33 +53,33 @@ struct RmsNormArguments {
 // y of VEC columns from what is normalised.
 template <typename T, typename W, int VEC>
 __device__ __forceinline__ void write_rms_norm(
-    const RmsNormArguments<T, W>& args, const Vec<T, VEC>& x, Accumulate<T> rstd, int64_t row, int col) {
+    const RmsNormArguments<T, W>& args, const Packed<T, VEC>& x, Accumulate<T> rstd, int64_t row, int col) {
   using A = Accumulate<T>;
   A weight[VEC];
   if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
-  Vec<T, VEC> out;
+  A y[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    A value = widen(x.data[i]) * rstd;
-    if (args.round_normalized) value = rounded<T>(value);
-    if (args.weight != nullptr) value *= args.offset + weight[i];
-    out.data[i] = narrow<T>(value);
+  for (int i = 0; i < VEC; ++i) y[i] = x[i] * rstd;
+  if (args.round_normalized) round_all<T>(y);
+  if (args.weight != nullptr) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) y[i] *= args.offset + weight[i];
   }
-  out.store(args.y + row * args.cols + col);
+  Packed<T, VEC>::narrowed(y).store(args.y + row * args.cols + col);
 }
 
 template <typename T, int VEC>
-__device__ __forceinline__ Vec<T, VEC> add(const Vec<T, VEC>& a, const Vec<T, VEC>& b) {
-  Vec<T, VEC> out;
+__device__ __forceinline__ Packed<T, VEC> add(const Packed<T, VEC>& a, const Packed<T, VEC>& b) {
+  Accumulate<T> sums[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) out.data[i] = narrow<T>(widen(a.data[i]) + widen(b.data[i]));
-  return out;
+  for (int i = 0; i < VEC; ++i) sums[i] = a[i] + b[i];
+  return Packed<T, VEC>::narrowed(sums);
 }
 
 template <typename T, typename W, int VEC, int NV, int TPR, int RPB, bool RESIDUAL>
 __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<A, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
   Sum sum(storage);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
     if (col < args.cols) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        const A value = widen(held[v].data[i]);
+        const A value = held[v][i];
         squares += value * value;
       }
     }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
 template <typename T, typename W, int VEC, int THREADS, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, 2) rms_norm_forward_loop_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<A, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, 2) rms_norm_forward_loop_kernel(RmsNo
     }
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      const A value = widen(held.data[i]);
+      const A value = held[i];
       squares += value * value;
     }
   }
@@ -194,19 +194,18 @@ __device__ __forceinline__ void load_scale(
 // The gradient of VEC columns, given mean(m * n).
 template <typename T, typename W, int VEC, bool RESIDUAL>
 __device__ __forceinline__ void write_rms_norm_gradient(const RmsNormBackwardArguments<T, W>& args,
-    const Vec<T, VEC>& dy, const Vec<T, VEC>& x, const Vec<T, VEC>& dsum, const Accumulate<T> (&scale)[VEC],
-    Accumulate<T> rstd, Accumulate<T> mean, int64_t row, int col) {
+    const Packed<T, VEC>& dy, const Packed<T, VEC>& x, const Packed<T, VEC>& dsum,
+    const Accumulate<T> (&scale)[VEC], Accumulate<T> rstd, Accumulate<T> mean, int64_t row, int col) {
   using A = Accumulate<T>;
-  Vec<T, VEC> out;
+  A gradient[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    const A n = widen(x.data[i]) * rstd;
-    const A m = widen(dy.data[i]) * scale[i];
-    A gradient = rstd * (m - n * mean);
-    if (RESIDUAL && args.dsum != nullptr) gradient += widen(dsum.data[i]);
-    out.data[i] = narrow<T>(gradient);
+    const A n = x[i] * rstd;
+    const A m = dy[i] * scale[i];
+    gradient[i] = rstd * (m - n * mean);
+    if (RESIDUAL && args.dsum != nullptr) gradient[i] += dsum[i];
   }
-  out.store(args.dx + row * args.cols + col);
+  Packed<T, VEC>::narrowed(gradient).store(args.dx + row * args.cols + col);
 }
 
 template <typename T, int NV, int TPR, int RPB, int ROWS, bool RESIDUAL>
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     rms_norm_backward_kernel(RmsNormBackwardArguments<T, W> args) {
   using A = Accumulate<T>;
   constexpr int VEC = kVecSize<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<Tuple<A, ROWS>, TPR, RPB>;
   constexpr int kStep = ROWS * RPB;
   // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
@@ -290,13 +289,15 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
           A read_scale[VEC];
           if constexpr (!kHold) load_scale(args, column(v), read_scale);
           const auto& scale = kHold ? held_scale[kHold ? v : 0] : read_scale;
+          A n[VEC];
 #pragma unroll
           for (int i = 0; i < VEC; ++i) {
-            const A gradient = widen(dy_held.data[i]);
-            const A n = widen(x_held.data[i]) * rstd[r];
-            dot.data[r] += gradient * scale[i] * n;
-            sums[v][i] += gradient * (decltype(round)::value ? rounded<T>(n) : n);
+            n[i] = x_held[i] * rstd[r];
+            dot.data[r] += dy_held[i] * scale[i] * n[i];
           }
+          if constexpr (decltype(round)::value) round_all<T>(n);
+#pragma unroll
+          for (int i = 0; i < VEC; ++i) sums[v][i] += dy_held[i] * n[i];
         }
       }
     };
@@ -335,7 +336,7 @@ template <typename T, typename W, int VEC, int THREADS>
 __global__ void __launch_bounds__(THREADS)
     rms_norm_backward_rows_kernel(RmsNormBackwardArguments<T, W> args, Accumulate<T>* mean_mn) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   using Sum = RowSum<A, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(THREADS)
     A scale[VEC];
     load_scale(args, col, scale);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) dot += widen(dy.data[i]) * scale[i] * (widen(x.data[i]) * rstd);
+    for (int i = 0; i < VEC; ++i) dot += dy[i] * scale[i] * (x[i] * rstd);
   }
   const A mean = Sum(storage).all(dot) / static_cast<A>(args.cols);
   if (threadIdx.x == 0) mean_mn[row] = mean;
@@ -358,7 +359,7 @@ template <typename T, typename W, int VEC, int THREADS, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS)
     rms_norm_backward_columns_kernel(RmsNormBackwardArguments<T, W> args, const Accumulate<T>* mean_mn) {
   using A = Accumulate<T>;
-  using V = Vec<T, VEC>;
+  using V = Packed<T, VEC>;
   const int col = (blockIdx.x * THREADS + threadIdx.x) * VEC;
   if (col >= args.cols) return;
   A scale[VEC];
@@ -372,8 +373,8 @@ __global__ void __launch_bounds__(THREADS)
     const A rstd = args.rstd[row];
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
-      const A n = widen(x.data[i]) * rstd;
-      sums[i] += widen(dy.data[i]) * (args.round_normalized ? rounded<T>(n) : n);
+      const A n = x[i] * rstd;
+      sums[i] += dy[i] * (args.round_normalized ? rounded<T>(n) : n);
     }
     if (mean_mn != nullptr) {
       write_rms_norm_gradient<T, W, VEC, RESIDUAL>(args, dy, x, dsum, scale, rstd, mean_mn[row], row, col);

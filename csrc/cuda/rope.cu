@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include <algorithm>
+#include <limits>
 
 #include "cuda/launch.h"
 #include "ops/rope.h"
@@ -58,7 +58,6 @@ TensorPair rotate(const Rotation& rotation) {
   const auto ends = rotation.section_ends();
   const int section_ends[2] = {static_cast<int>(ends.first), static_cast<int>(ends.second)};
   const auto stream = at::cuda::getCurrentCUDAStream();
-  const auto blocks = cuda::grid_size(rotation.op, tokens, 1);
 
   cuda::dispatch_floating_pair(q.scalar_type(), cos.scalar_type(), [&](auto element, auto angle) {
     using T = decltype(element);
@@ -70,17 +69,26 @@ TensorPair rotate(const Rotation& rotation) {
         cos_in.stride(-2), plane_stride(sin_in), batch_stride(sin_in), sin_in.stride(-2), section_ends[0],
         section_ends[1]};
     const auto launch = [&](auto vec) {
-      const int columns = std::max(1, rotary_dim / 2 / vec());
-      const int lanes = std::min(columns, cuda::kRopeThreads);
-      // As many heads at once as fit, evenly over the rounds that takes.
-      const int64_t at_once = cuda::kRopeThreads / lanes, rounds = (heads + at_once - 1) / at_once;
-      const dim3 threads(lanes, static_cast<unsigned int>((heads + rounds - 1) / rounds));
+      using Index = cuda::RopeIndex<vec()>;
+      const int rotated_lanes = rotary_dim / 2 / vec();
+      const int lanes = rotated_lanes + (head_dim - rotary_dim + 2 * vec() - 1) / (2 * vec());
+      const int64_t units = tokens * heads * lanes;
+      TORCH_CHECK_VALUE(heads * lanes <= std::numeric_limits<int>::max() &&
+              static_cast<uint64_t>(units) <= std::numeric_limits<Index>::max(),
+          "liger::", rotation.op, ": the input is too large for one launch (", units, " threads)");
+      const cuda::RopeShape<vec()> shape = {.units = static_cast<Index>(units),
+          .positions = static_cast<Index>(q.size(2)),
+          .lanes = lanes,
+          .rotated_lanes = rotated_lanes,
+          .half = rotary_dim / 2,
+          .head_dim = head_dim};
       const auto kernel = rotation.interleaved
           ? (rotation.backward ? cuda::rope_kernel<T, C, vec(), true, true>
                                : cuda::rope_kernel<T, C, vec(), true, false>)
           : (rotation.backward ? cuda::rope_kernel<T, C, vec(), false, true>
                                : cuda::rope_kernel<T, C, vec(), false, false>);
-      kernel<<<blocks, threads, 0, stream>>>(q_args, k_args, angles, q.size(2), head_dim, rotary_dim);
+      const auto blocks = cuda::grid_size(rotation.op, units, cuda::kRopeThreads);
+      kernel<<<blocks, cuda::kRopeThreads, 0, stream>>>(q_args, k_args, angles, shape);
     };
     constexpr int kVec = cuda::kVecSize<T>;
     const bool vectorizable = rotary_dim / 2 % kVec == 0 && section_ends[0] % kVec == 0 &&

@@ -2,10 +2,11 @@
 
 // Rotary position embedding of q and k in one launch (ops/rope.h).
 //
-// A block owns one token (batch and position). threadIdx.x owns VEC pairs of columns, so both inputs of each
-// rotation sit in one thread: VEC columns of each half of the rotated width, or 2 VEC neighbouring columns.
-// threadIdx.y walks the heads, q's and then k's, and reuses the cosines and sines it holds. Bytes: every
-// element of q and k read and written once, cos and sin read once a token. No reductions: deterministic.
+// A thread owns VEC pairs of columns of one head of one token, so that both inputs of a rotation sit in one
+// thread: VEC columns of each half of the rotated width, or 2 VEC neighbouring columns. There are no loops:
+// with all loads issued at once and 40 to 48 registers a thread, five blocks a multiprocessor keep memory
+// busy. Bytes: every element of q and k read and written once; the heads of a token, neighbours in a block,
+// find its cosines and sines in L1. No reductions: deterministic.
 
 #include "cuda/common/vec.cuh"
 
@@ -33,113 +34,103 @@ struct RopeAngles {
   int second_plane, third_plane;  // the first pair of each; multiples of VEC
 };
 
-// Element i of the 2 VEC elements in low and high.
-template <typename X, int VEC>
-__device__ __forceinline__ X element(const X (&low)[VEC], const X (&high)[VEC], int i) {
-  return i < VEC ? low[i] : high[i - VEC];
-}
+// Pairs of columns are counted in 32 bits. With vectors, more would not fit into any GPU's memory.
+template <int VEC>
+using RopeIndex = std::conditional_t<VEC == 1, uint64_t, uint32_t>;
 
-// The two columns of VEC pairs from `pair` on.
+template <int VEC>
+struct RopeShape {
+  RopeIndex<VEC> units;  // threads that have work: tokens * heads * lanes
+  RopeIndex<VEC> positions;
+  int lanes;          // threads of a head
+  int rotated_lanes;  // of these, the first ones rotate; the others copy 2 VEC columns each beyond the
+                      // rotated width
+  int half;           // pairs of a head
+  int head_dim;
+};
+
+// The 2 VEC columns of a thread, or their cosines or sines. Pair i is columns first(i) and second(i).
 template <typename T, int VEC, bool INTERLEAVED>
 struct Pairs {
-  Vec<T, VEC> first, second;
+  Packed<T, VEC> columns[2];
 
   __device__ __forceinline__ static Pairs load(const T* x, int pair, int half) {
-    Pairs p;
-    if constexpr (!INTERLEAVED) {
-      p.first = Vec<T, VEC>::load(x + pair);
-      p.second = Vec<T, VEC>::load(x + half + pair);
+    if constexpr (INTERLEAVED) {
+      return {{Packed<T, VEC>::load(x + 2 * pair), Packed<T, VEC>::load(x + 2 * pair + VEC)}};
     } else {
-      const auto low = Vec<T, VEC>::load(x + 2 * pair), high = Vec<T, VEC>::load(x + 2 * pair + VEC);
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        p.first.data[i] = element(low.data, high.data, 2 * i);
-        p.second.data[i] = element(low.data, high.data, 2 * i + 1);
-      }
+      return {{Packed<T, VEC>::load(x + pair), Packed<T, VEC>::load(x + half + pair)}};
     }
-    return p;
   }
 
   __device__ __forceinline__ void store(T* out, int pair, int half) const {
-    if constexpr (!INTERLEAVED) {
-      first.store(out + pair);
-      second.store(out + half + pair);
-    } else {
-      Vec<T, VEC> low, high;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        low.data[i] = i % 2 == 0 ? first.data[i / 2] : second.data[i / 2];
-        high.data[i] = (VEC + i) % 2 == 0 ? first.data[(VEC + i) / 2] : second.data[(VEC + i) / 2];
-      }
-      low.store(out + 2 * pair);
-      high.store(out + 2 * pair + VEC);
-    }
+    columns[0].store(out + (INTERLEAVED ? 2 * pair : pair));
+    columns[1].store(out + (INTERLEAVED ? 2 * pair + VEC : half + pair));
   }
-};
 
-// The cosines (or sines) at both columns of VEC pairs.
-template <typename C, int VEC, bool INTERLEAVED>
-__device__ __forceinline__ void load_angles(
-    const C* angle, int pair, int half, Accumulate<C> (&first)[VEC], Accumulate<C> (&second)[VEC]) {
-  if constexpr (!INTERLEAVED) {
-    load_wide<C, VEC>(angle + pair, first);
-    load_wide<C, VEC>(angle + half + pair, second);
-  } else {
-    Accumulate<C> low[VEC], high[VEC];
-    load_wide<C, VEC>(angle + 2 * pair, low);
-    load_wide<C, VEC>(angle + 2 * pair + VEC, high);
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-      first[i] = element(low, high, 2 * i);
-      second[i] = element(low, high, 2 * i + 1);
-    }
+  __device__ __forceinline__ Accumulate<T> operator[](int column) const {
+    return columns[column / VEC][column % VEC];
   }
-}
+
+  __device__ __forceinline__ static constexpr int first(int i) { return INTERLEAVED ? 2 * i : i; }
+  __device__ __forceinline__ static constexpr int second(int i) { return INTERLEAVED ? 2 * i + 1 : VEC + i; }
+};
 
 // INVERSE applies the transposed rotation, which is the backward pass.
 template <typename T, typename C, int VEC, bool INTERLEAVED, bool INVERSE>
-__global__ void __launch_bounds__(kRopeThreads) rope_kernel(
-    RopeTensor<T> q, RopeTensor<T> k, RopeAngles<C> angles, int64_t positions, int head_dim, int rotary_dim) {
+__global__ void __launch_bounds__(kRopeThreads, sizeof(C) == sizeof(T) && sizeof(T) <= 4 ? 5 : 4)
+    rope_kernel(RopeTensor<T> q, RopeTensor<T> k, RopeAngles<C> angles, RopeShape<VEC> shape) {
   using A = Accumulate<T>;
-  const int64_t batch = blockIdx.x / positions;
-  const int64_t position = blockIdx.x - batch * positions;
-  const int half = rotary_dim / 2;
-  const C* cos = angles.cos + batch * angles.cos_batch + position * angles.cos_position;
-  const C* sin = angles.sin + batch * angles.sin_batch + position * angles.sin_position;
-  const T* q_in = q.x + batch * q.x_batch + position * q.x_position;
-  const T* k_in = k.x + batch * k.x_batch + position * k.x_position;
-  T* q_out = q.out + batch * q.out_batch + position * q.out_position;
-  T* k_out = k.out + batch * k.out_batch + position * k.out_position;
+  using Columns = Pairs<T, VEC, INTERLEAVED>;
+  using Angles = Pairs<C, VEC, INTERLEAVED>;
+  using Index = RopeIndex<VEC>;
+  const Index unit = static_cast<Index>(blockIdx.x) * kRopeThreads + threadIdx.x;
+  if (unit >= shape.units) return;
+  const int of_token = (q.heads + k.heads) * shape.lanes;
+  const Index token = unit / of_token;
+  const int lane_of_token = static_cast<int>(unit - token * of_token);
+  const int head = lane_of_token / shape.lanes, lane = lane_of_token - head * shape.lanes;
+  const Index batch_index = token / shape.positions;
+  const int64_t batch = batch_index, position = token - batch_index * shape.positions;
+  const bool is_q = head < q.heads;
+  const int64_t head_of_tensor = is_q ? head : head - q.heads;
+  const auto& tensor = is_q ? q : k;
+  const T* x =
+      tensor.x + batch * tensor.x_batch + position * tensor.x_position + head_of_tensor * tensor.x_head;
+  T* out = tensor.out + batch * tensor.out_batch + position * tensor.out_position +
+      head_of_tensor * tensor.out_head;
 
-  for (int pair = threadIdx.x * VEC; pair < half; pair += blockDim.x * VEC) {
-    const int plane = (pair >= angles.second_plane) + (pair >= angles.third_plane);
-    Accumulate<C> cos1[VEC], cos2[VEC], sin1[VEC], sin2[VEC];
-    load_angles<C, VEC, INTERLEAVED>(cos + plane * angles.cos_plane, pair, half, cos1, cos2);
-    load_angles<C, VEC, INTERLEAVED>(sin + plane * angles.sin_plane, pair, half, sin1, sin2);
-    for (int head = threadIdx.y; head < q.heads + k.heads; head += blockDim.y) {
-      const bool is_q = head < q.heads;
-      const T* x = is_q ? q_in + head * q.x_head : k_in + (head - q.heads) * k.x_head;
-      T* out = is_q ? q_out + head * q.out_head : k_out + (head - q.heads) * k.out_head;
-      const auto in = Pairs<T, VEC, INTERLEAVED>::load(x, pair, half);
-      Pairs<T, VEC, INTERLEAVED> result;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        const A a = widen(in.first.data[i]), b = widen(in.second.data[i]);
-        const A c1 = cos1[i], c2 = cos2[i], s1 = sin1[i], s2 = sin2[i];
-        result.first.data[i] = narrow<T>(INVERSE ? a * c1 + b * s2 : a * c1 - b * s1);
-        result.second.data[i] = narrow<T>(INVERSE ? b * c2 - a * s1 : b * c2 + a * s2);
-      }
-      result.store(out, pair, half);
+  if (lane >= shape.rotated_lanes) {
+    const int start = 2 * (shape.half + (lane - shape.rotated_lanes) * VEC);
+    const int end = min(start + 2 * VEC, shape.head_dim);
+    if (VEC > 1 && start + 2 * VEC == end) {
+      const auto low = Vec<T, VEC>::load(x + start), high = Vec<T, VEC>::load(x + start + VEC);
+      low.store(out + start);
+      high.store(out + start + VEC);
+    } else {
+      for (int col = start; col < end; ++col) out[col] = x[col];
     }
+    return;
   }
-
-  // Columns beyond the rotated width pass through.
-  for (int head = threadIdx.y; head < q.heads + k.heads; head += blockDim.y) {
-    const bool is_q = head < q.heads;
-    const T* x = is_q ? q_in + head * q.x_head : k_in + (head - q.heads) * k.x_head;
-    T* out = is_q ? q_out + head * q.out_head : k_out + (head - q.heads) * k.out_head;
-    for (int col = rotary_dim + threadIdx.x; col < head_dim; col += blockDim.x) out[col] = x[col];
+  const int pair = lane * VEC;
+  const auto in = Columns::load(x, pair, shape.half);
+  const int plane = (pair >= angles.second_plane) + (pair >= angles.third_plane);
+  const auto cos = Angles::load(
+      angles.cos + plane * angles.cos_plane + batch * angles.cos_batch + position * angles.cos_position, pair,
+      shape.half);
+  const auto sin = Angles::load(
+      angles.sin + plane * angles.sin_plane + batch * angles.sin_batch + position * angles.sin_position, pair,
+      shape.half);
+  A rotated[2][VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    constexpr auto first = Columns::first, second = Columns::second;
+    const A a = in[first(i)], b = in[second(i)];
+    const A c1 = cos[first(i)], c2 = cos[second(i)], s1 = sin[first(i)], s2 = sin[second(i)];
+    rotated[first(i) / VEC][first(i) % VEC] = INVERSE ? a * c1 + b * s2 : a * c1 - b * s1;
+    rotated[second(i) / VEC][second(i) % VEC] = INVERSE ? b * c2 - a * s1 : b * c2 + a * s2;
   }
+  Columns{{Packed<T, VEC>::narrowed(rotated[0]), Packed<T, VEC>::narrowed(rotated[1])}}.store(
+      out, pair, shape.half);
 }
 
 }  // namespace liger::cuda

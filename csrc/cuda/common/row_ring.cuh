@@ -13,19 +13,20 @@ namespace liger::cuda {
 // Two stages of ROWS rows: NV vectors a thread and row of each of INPUTS tensors.
 template <typename T, int INPUTS, int NV, int THREADS, int ROWS>
 class RowRing {
-  using V = Vec<T, kVecSize<T>>;
+  using V = Packed<T, kVecSize<T>>;
+  static constexpr int kVectorBytes = 16;
   static constexpr int kStageSize = ROWS * INPUTS * NV * THREADS;
 
  public:
-  static constexpr int kBytes = 2 * kStageSize * static_cast<int>(sizeof(V));
+  static constexpr int kBytes = 2 * kStageSize * kVectorBytes;
 
   // `shared` holds kBytes.
   __device__ __forceinline__ explicit RowRing(unsigned char* shared)
-      : vectors_(reinterpret_cast<V*>(shared) + threadIdx.x) {}
+      : vectors_(shared + threadIdx.x * kVectorBytes) {}
 
   // Begins to copy a vector to where the rows after these wait.
   __device__ __forceinline__ void fetch(int row, int input, int v, const T* from) {
-    __pipeline_memcpy_async(vectors_ + (stage_ ^ 1) * kStageSize + place(row, input, v), from, sizeof(V));
+    __pipeline_memcpy_async(place(stage_ ^ 1, row, input, v), from, kVectorBytes);
   }
   // Ends a stage's copies: none may follow before `next`.
   __device__ __forceinline__ void commit() { __pipeline_commit(); }
@@ -34,16 +35,16 @@ class RowRing {
   // Waits until these rows are there, while the next ones, if they are committed, are on their way.
   __device__ __forceinline__ void wait() { __pipeline_wait_prior(1); }
 
-  __device__ __forceinline__ const V& operator()(int row, int input, int v) const {
-    return vectors_[stage_ * kStageSize + place(row, input, v)];
+  __device__ __forceinline__ V operator()(int row, int input, int v) const {
+    return V::load(reinterpret_cast<const T*>(place(stage_, row, input, v)));
   }
 
  private:
-  __device__ __forceinline__ static int place(int row, int input, int v) {
-    return ((row * INPUTS + input) * NV + v) * THREADS;
+  __device__ __forceinline__ unsigned char* place(int stage, int row, int input, int v) const {
+    return vectors_ + (stage * kStageSize + ((row * INPUTS + input) * NV + v) * THREADS) * kVectorBytes;
   }
 
-  V* vectors_;
+  unsigned char* vectors_;
   int stage_ = 0;
 };
 
