@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import fsdp, medusa, plots
+from .models import KERNEL_GROUPS
 from .ops import OPS
 from .report import RESULTS, ROOT, digits, size_of
 
@@ -479,7 +481,29 @@ def training_section(documents: dict[str, dict]) -> str:
             cell(record, "largest_loss_difference", ".1e"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *kernel_time_lines(models, results)])
+
+
+def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]:
+    """A table of where the GPU's time goes, of the records that know it."""
+    results = [record for record in results if "kernel_times" in record]
+    if not results:
+        return []
+    groups = [*KERNEL_GROUPS, "other"]
+    lines = [
+        "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. *Idle* is "
+        "what the median step takes beyond them: the GPU waits for the host.",
+        "",
+        f"| model | implementation | {' | '.join(groups)} | all | idle |",
+        f"|---|---|{'--:|' * (len(groups) + 2)}",
+    ]
+    for record in results:
+        times = [record["kernel_times"].get(group, {"ms": 0})["ms"] for group in groups]
+        idle = 1e3 * statistics.median(record["step_seconds"]) - sum(times)
+        cells = [models[record["model"]]["title"], record["provider"]]
+        cells += [f"{ms:.1f}" for ms in (*times, sum(times), max(idle, 0))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 MEDUSA = """# Training Medusa heads, measured

@@ -11,6 +11,7 @@ that drifting clocks hit both alike.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from .run import DTYPES, release
 from .shapes import SHAPES, Shape
 
 VARIANTS = {"plain": False, "lean": True}
-HOST_TURNS = 50
+HOST_TURNS = 400
+HOST_WARM_UP_TURNS = 20
 
 
 def build(
@@ -127,29 +129,47 @@ def memory_of_a_step(model: torch.nn.Module, inputs: dict, step: Callable, cuda:
 
 
 def measure_host(device: torch.device, layers: int = 8) -> dict[str, float]:
-    """Microseconds of host time per layer, forward and backward, of a model so small that nothing else is."""
-    from liger_ops.transformers import patch, patched
+    """Microseconds of host time per layer, forward and backward, of models so small that nothing else is.
 
-    cuda = device.type == "cuda"
-    torch.manual_seed(0)
-    model = build(SHAPES["tiny"], layers, 8, torch.float32, device)
-    patch(model, strict=True)
+    Two models take turns, one step each. What a shared host does besides changes from one moment to the next
+    by more than lean activations take, so the difference is the median of those between neighbouring steps.
+    """
+    from liger_ops.transformers import patch
+
+    models = {}
+    for name, on in VARIANTS.items():
+        torch.manual_seed(0)
+        models[name] = build(SHAPES["tiny"], layers, 8, torch.float32, device)
+        patch(models[name], strict=True, lean_activations=on)
     inputs = random_tokens(SHAPES["tiny"], 1, 8, device, 0)
 
-    def both_ways() -> None:
-        model(**inputs).loss.backward()
+    def microseconds(name: str) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        models[name](**inputs).loss.backward()
+        return 1e6 * (time.perf_counter() - start) / layers
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = dict.fromkeys(VARIANTS, float("inf"))
-    # Many short turns: the difference is small beside what a shared host's other work adds to a long one.
-    for _ in range(HOST_TURNS):
-        for name, on in VARIANTS.items():
-            with patched(model, lean_activations=on):
-                taken = measure.host_microseconds(both_ways, cuda, calls=1, loops=10) / layers
-                best[name] = min(best[name], taken)
+    turns = []
+    for turn in range(HOST_WARM_UP_TURNS + HOST_TURNS):
+        # Neither is always the first.
+        order = list(VARIANTS) if turn % 2 == 0 else list(VARIANTS)[::-1]
+        taken = {name: microseconds(name) for name in order}
+        if turn >= HOST_WARM_UP_TURNS:
+            turns.append(taken)
     torch.set_num_threads(threads)
-    return {f"{name}_us": taken for name, taken in best.items()} | {"added_us": best["lean"] - best["plain"]}
+    differences = sorted(turn["lean"] - turn["plain"] for turn in turns)
+    # Of the median of n independent values: n / 2 -+ sqrt(n) places from the ends, 95 % of the time.
+    middle, margin = len(differences) // 2, round(math.sqrt(len(differences)))
+    return {f"{name}_us": statistics.median(turn[name] for turn in turns) for name in VARIANTS} | {
+        "added_us": differences[middle],
+        "added_us_interval": [
+            differences[max(middle - margin, 0)],
+            differences[min(middle + margin, len(turns) - 1)],
+        ],
+    }
 
 
 def print_results(a: argparse.Namespace, rows: list[dict], host: dict[str, float]) -> None:
@@ -174,7 +194,8 @@ def print_results(a: argparse.Namespace, rows: list[dict], host: dict[str, float
 def print_host(host: dict[str, float]) -> None:
     report.out.print(
         f"host time per layer, forward and backward: {host['plain_us']:.0f} µs plain, "
-        f"{host['lean_us']:.0f} µs lean, {host['added_us']:.0f} µs more"
+        f"{host['lean_us']:.0f} µs lean, {host['added_us']:.0f} µs more "
+        f"({host['added_us_interval'][0]:.0f} to {host['added_us_interval'][1]:.0f})"
     )
 
 
