@@ -491,8 +491,8 @@ def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]
         return []
     groups = [*KERNEL_GROUPS, "other"]
     lines = [
-        "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. *Idle* is "
-        "what the median step takes beyond them: the GPU waits for the host.",
+        "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. "
+        "*Idle* is what the median step takes beyond them: the GPU waits for the host.",
         "",
         f"| model | implementation | {' | '.join(groups)} | all | idle |",
         f"|---|---|{'--:|' * (len(groups) + 2)}",

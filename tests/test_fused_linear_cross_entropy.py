@@ -142,8 +142,8 @@ def test_gradient_of_each_logit(classes, dtype):
     exact.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
     info = torch.finfo(dtype)
-    # Sums over tokens are kept smaller than they are while they might overflow in float16, so numbers below the
-    # smallest normal one are rounded twice.
+    # Sums over tokens are kept smaller than they are while they might overflow in float16, so numbers below
+    # the smallest normal one are rounded twice.
     torch.testing.assert_close(
         weight.grad.T.double(),
         exact_logits.grad,
