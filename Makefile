@@ -49,8 +49,9 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 build: $(VENV)/built
 
 # A process a core, eight at most: each imports torch and transformers. Their threads share the cores, so a thread
-# that waits must not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+# that waits must not spin. With a GPU it is one process: some tests take all of its memory.
+PARALLEL := $(if $(GPUS),,-n logical --maxprocesses 8 --dist worksteal)
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PARALLEL)
 
 test: build
 	$(PYTEST)
