@@ -435,9 +435,10 @@ def training_section(documents: dict[str, dict]) -> str:
     picture = f"{name.removesuffix('.json')}.png"
     plots.training(IMAGES / picture, document)
     checkpointing = "with" if training["activation_checkpointing"] else "without"
+    compiled = ", under torch.compile" if training.get("compiled") else ""
     lines = [
         f"## {environment['device']}: training steps of whole models, "
-        f"{training['batch']} x {training['length']} tokens, {training['dtype']}",
+        f"{training['batch']} x {training['length']} tokens, {training['dtype']}{compiled}",
         "",
         f"{environment['date'][:10]}, torch {environment['versions']['torch']}, "
         f"transformers {environment['versions']['transformers']}. Commands and result files: "
@@ -448,7 +449,7 @@ def training_section(documents: dict[str, dict]) -> str:
         + ".",
         "",
         f"Random weights of the models' real layer shapes, random tokens, {training['optimizer']}, "
-        f"{training['attention']} attention, {checkpointing} activation checkpointing; median of "
+        f"{training['attention']} attention, {checkpointing} activation checkpointing{compiled}; median of "
         f"{training['steps']} steps after {training['warm_up_steps']}. *Beyond states* is the peak less the "
         "weights, gradients and optimizer states, which no kernel can change; gradients come as activations "
         "go, so it can be less than the activations. The loss difference is the largest of all steps, "

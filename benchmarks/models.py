@@ -177,6 +177,7 @@ class Job:
     checkpointing: bool
     seed: int
     kernels: bool = False
+    compiled: bool = False
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -272,9 +273,10 @@ def run(job: Job) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda)
         generator = torch.Generator(job.device).manual_seed(job.seed)
         seconds, losses = [], []
+        called = torch.compile(model) if job.compiled else model
 
         def train(tokens: torch.Tensor) -> torch.Tensor:
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = called(input_ids=tokens, labels=tokens).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -405,6 +407,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--steps", type=int, default=5, help=f"timed, after {WARM_UP_STEPS} that are not")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--compile", action="store_true", help="the model under torch.compile")
     parser.add_argument(
         "--kernels", action="store_true", help="also record where the GPU's time goes in one more step"
     )
@@ -440,6 +443,7 @@ def main(argv: list[str] | None = None) -> int:
             "optimizer": "AdamW" + (" (fused)" if a.device == "cuda" else ""),
             "attention": "sdpa",
             "activation_checkpointing": a.checkpointing,
+            "compiled": a.compile,
             "steps": a.steps,
             "warm_up_steps": WARM_UP_STEPS,
             "seed": a.seed,
@@ -475,6 +479,7 @@ def main(argv: list[str] | None = None) -> int:
                 a.checkpointing,
                 a.seed,
                 a.kernels,
+                a.compile,
             )
             record = in_own_process(job, context, a.job_limit)
             results.append(record)
