@@ -346,7 +346,7 @@ __device__ __forceinline__ Accumulate<T> largest_of(const Packed<T, N> (&values)
   }
 }
 
-// Vectors of a row in memory or, beyond its end, of -inf.
+// What a row has beyond its end: -inf.
 template <typename T, int N>
 __device__ __forceinline__ Packed<T, N> nothing() {
   Accumulate<T> values[N];
