@@ -148,6 +148,18 @@ def test_documented_make_targets_exist():
             assert name in targets, f"{block}: make {name}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "benchmarks" / "notes.md"], ids=lambda page: page.name)
+def test_tables_are_whole(page):
+    """Every table has its ruler below its first row, and as many cells in each of its rows."""
+    text = FENCE.sub("", page.read_text())
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        rows = table.splitlines()
+        assert len(rows) > 2 and re.fullmatch(r"\|(:?-+:?\|)+", rows[1].replace(" ", "")), rows[0]
+        cells = len(re.findall(r"(?<!\\)\|", rows[0]))
+        for row in rows:
+            assert len(re.findall(r"(?<!\\)\|", row)) == cells, row
+
+
 def test_blocks_were_found():
     assert len(of("python")) > 20 and len(of("bash")) > 10
     assert sum(block.reason is None for block in of("python")) >= 10
