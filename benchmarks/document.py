@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -425,6 +424,14 @@ def same_training(documents: dict[str, dict]) -> list[dict[str, dict]]:
     ]
 
 
+# What of a model runs under torch.compile, as headings say it.
+COMPILED = {
+    None: "",
+    "layers": ", each layer under torch.compile",
+    "model": ", the whole model under torch.compile",
+}
+
+
 def training_section(documents: dict[str, dict]) -> str:
     """Whole training steps: a picture and a table of one or more runs."""
     name, document = next(iter(documents.items()))
@@ -435,7 +442,7 @@ def training_section(documents: dict[str, dict]) -> str:
     picture = f"{name.removesuffix('.json')}.png"
     plots.training(IMAGES / picture, document)
     checkpointing = "with" if training["activation_checkpointing"] else "without"
-    compiled = ", under torch.compile" if training.get("compiled") else ""
+    compiled = COMPILED[training.get("compiled")]
     lines = [
         f"## {environment['device']}: training steps of whole models, "
         f"{training['batch']} x {training['length']} tokens, {training['dtype']}{compiled}",
@@ -490,19 +497,18 @@ def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]
     results = [record for record in results if "kernel_times" in record]
     if not results:
         return []
-    groups = [*KERNEL_GROUPS, "other"]
+    groups = [*KERNEL_GROUPS, "other", "idle"]
     lines = [
         "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. "
-        "*Idle* is what the median step takes beyond them: the GPU waits for the host.",
+        "*Idle* is the time between the first and the last kernel in which none ran.",
         "",
-        f"| model | implementation | {' | '.join(groups)} | all | idle |",
-        f"|---|---|{'--:|' * (len(groups) + 2)}",
+        f"| model | implementation | {' | '.join(groups)} | all |",
+        f"|---|---|{'--:|' * (len(groups) + 1)}",
     ]
     for record in results:
         times = [record["kernel_times"].get(group, {"ms": 0})["ms"] for group in groups]
-        idle = 1e3 * statistics.median(record["step_seconds"]) - sum(times)
         cells = [models[record["model"]]["title"], record["provider"]]
-        cells += [f"{ms:.1f}" for ms in (*times, sum(times), max(idle, 0))]
+        cells += [f"{ms:.1f}" for ms in (*times, sum(times))]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -177,7 +177,7 @@ class Job:
     checkpointing: bool
     seed: int
     kernels: bool = False
-    compiled: bool = False
+    compiled: str | None = None
 
     def config(self) -> Any:
         from transformers import AutoConfig
@@ -212,6 +212,11 @@ def build(job: Job) -> torch.nn.Module:
         _apply_liger_kernel_to_instance(model=model)
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if job.compiled == "layers":
+        for layer in model.get_decoder().layers:
+            layer.compile()
+    elif job.compiled == "model":
+        model.compile()
     return model
 
 
@@ -237,7 +242,10 @@ KERNEL_GROUPS = {
 
 
 def kernel_times(step: Callable[[], object]) -> dict[str, dict]:
-    """GPU time of one step: milliseconds, launches and the kernels that take the most, by KERNEL_GROUPS."""
+    """GPU time of one step: milliseconds, launches and the kernels that take the most, by KERNEL_GROUPS.
+
+    "idle" has the milliseconds between the first kernel and the last in which none ran.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -256,7 +264,17 @@ def kernel_times(step: Callable[[], object]) -> dict[str, dict]:
         group["kernels"].append({"name": name[:160], "ms": ms, "launches": event.count})
     for group in groups.values():
         group["kernels"] = sorted(group["kernels"], key=lambda kernel: -kernel["ms"])[:8]
-    return dict(sorted(groups.items(), key=lambda item: -item[1]["ms"]))
+    found = dict(sorted(groups.items(), key=lambda item: -item[1]["ms"]))
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
+    idle, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        idle += max(0.0, start - end)
+        end = max(end, stop)
+    return found | {"idle": {"ms": idle / 1e3}}
 
 
 def run(job: Job) -> dict:
@@ -273,10 +291,9 @@ def run(job: Job) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda)
         generator = torch.Generator(job.device).manual_seed(job.seed)
         seconds, losses = [], []
-        called = torch.compile(model) if job.compiled else model
 
         def train(tokens: torch.Tensor) -> torch.Tensor:
-            loss = called(input_ids=tokens, labels=tokens).loss
+            loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -407,7 +424,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--steps", type=int, default=5, help=f"timed, after {WARM_UP_STEPS} that are not")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
-    parser.add_argument("--compile", action="store_true", help="the model under torch.compile")
+    parser.add_argument(
+        "--compile",
+        choices=("layers", "model"),
+        help="each decoder layer or the model by torch.compile",
+    )
     parser.add_argument(
         "--kernels", action="store_true", help="also record where the GPU's time goes in one more step"
     )

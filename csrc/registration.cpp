@@ -1,7 +1,8 @@
 // The whole operator surface of liger-ops: every schema, and every (operator, dispatch key) binding.
 //
-// Conventions: outputs are freshly allocated and never alias an input or each other; no input is mutated.
-// Outputs that an operator does not produce (a gradient nobody asked for) have size 0.
+// Conventions: outputs are freshly allocated and never alias an input or each other; no input is mutated,
+// except by operators whose name ends in an underscore. Outputs that an operator does not produce (a gradient
+// nobody asked for) have size 0.
 
 #include <ATen/core/op_registration/adaption.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -75,15 +76,20 @@ TORCH_LIBRARY(liger, m) {
   // silu(gate) * up, contiguous.
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor", kTags);
   m.def("swiglu_backward(Tensor dout, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)", kTags);
+  // dgate is written over gate, dup over up, both contiguous and apart in memory.
+  m.def("swiglu_backward_(Tensor dout, Tensor(a!) gate, Tensor(b!) up) -> ()", kTags);
   // gelu(gate) * up, contiguous; approximate: "tanh" or "none", as in F.gelu.
   m.def("geglu(Tensor gate, Tensor up, str approximate=\"tanh\") -> Tensor", kTags);
   m.def("geglu_backward(Tensor dout, Tensor gate, Tensor up, str approximate) -> (Tensor dgate, Tensor dup)",
       kTags);
+  m.def("geglu_backward_(Tensor dout, Tensor(a!) gate, Tensor(b!) up, str approximate) -> ()", kTags);
   // gate and up are the halves of gate_up's last dimension.
   m.def("swiglu_packed(Tensor gate_up) -> Tensor", kTags);
   m.def("swiglu_packed_backward(Tensor dout, Tensor gate_up) -> Tensor dgate_up", kTags);
+  m.def("swiglu_packed_backward_(Tensor dout, Tensor(a!) gate_up) -> ()", kTags);
   m.def("geglu_packed(Tensor gate_up, str approximate=\"tanh\") -> Tensor", kTags);
   m.def("geglu_packed_backward(Tensor dout, Tensor gate_up, str approximate) -> Tensor dgate_up", kTags);
+  m.def("geglu_packed_backward_(Tensor dout, Tensor(a!) gate_up, str approximate) -> ()", kTags);
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
   // token_accuracy: as loss, float32; predicted_tokens: [tokens] int64. z_loss is the part of loss that
@@ -155,12 +161,16 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("mrope_backward", liger::mrope_backward_cpu);
   m.impl("swiglu", liger::swiglu_cpu);
   m.impl("swiglu_backward", liger::swiglu_backward_cpu);
+  m.impl("swiglu_backward_", liger::swiglu_backward_inplace_cpu);
   m.impl("geglu", liger::geglu_cpu);
   m.impl("geglu_backward", liger::geglu_backward_cpu);
+  m.impl("geglu_backward_", liger::geglu_backward_inplace_cpu);
   m.impl("swiglu_packed", liger::swiglu_packed_cpu);
   m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cpu);
+  m.impl("swiglu_packed_backward_", liger::swiglu_packed_backward_inplace_cpu);
   m.impl("geglu_packed", liger::geglu_packed_cpu);
   m.impl("geglu_packed_backward", liger::geglu_packed_backward_cpu);
+  m.impl("geglu_packed_backward_", liger::geglu_packed_backward_inplace_cpu);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCpu>::call);
@@ -194,12 +204,16 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
   m.impl("mrope_backward", liger::mrope_backward_cuda);
   m.impl("swiglu", liger::swiglu_cuda);
   m.impl("swiglu_backward", liger::swiglu_backward_cuda);
+  m.impl("swiglu_backward_", liger::swiglu_backward_inplace_cuda);
   m.impl("geglu", liger::geglu_cuda);
   m.impl("geglu_backward", liger::geglu_backward_cuda);
+  m.impl("geglu_backward_", liger::geglu_backward_inplace_cuda);
   m.impl("swiglu_packed", liger::swiglu_packed_cuda);
   m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_cuda);
+  m.impl("swiglu_packed_backward_", liger::swiglu_packed_backward_inplace_cuda);
   m.impl("geglu_packed", liger::geglu_packed_cuda);
   m.impl("geglu_packed_backward", liger::geglu_packed_backward_cuda);
+  m.impl("geglu_packed_backward_", liger::geglu_packed_backward_inplace_cuda);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward",
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCuda>::call);
@@ -233,12 +247,16 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("mrope_backward", liger::mrope_backward_meta);
   m.impl("swiglu", liger::swiglu_meta);
   m.impl("swiglu_backward", liger::swiglu_backward_meta);
+  m.impl("swiglu_backward_", liger::swiglu_backward_inplace_meta);
   m.impl("geglu", liger::geglu_meta);
   m.impl("geglu_backward", liger::geglu_backward_meta);
+  m.impl("geglu_backward_", liger::geglu_backward_inplace_meta);
   m.impl("swiglu_packed", liger::swiglu_packed_meta);
   m.impl("swiglu_packed_backward", liger::swiglu_packed_backward_meta);
+  m.impl("swiglu_packed_backward_", liger::swiglu_packed_backward_inplace_meta);
   m.impl("geglu_packed", liger::geglu_packed_meta);
   m.impl("geglu_packed_backward", liger::geglu_packed_backward_meta);
+  m.impl("geglu_packed_backward_", liger::geglu_packed_backward_inplace_meta);
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
@@ -262,12 +280,16 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("mrope_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu", liger::swiglu_autograd);
   m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("swiglu_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("geglu", liger::geglu_autograd);
   m.impl("geglu_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("swiglu_packed", liger::swiglu_packed_autograd);
   m.impl("swiglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("swiglu_packed_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("geglu_packed", liger::geglu_packed_autograd);
   m.impl("geglu_packed_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("geglu_packed_backward_", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy", liger::cross_entropy_autograd);
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
@@ -295,12 +317,16 @@ void register_autocast(torch::Library& m) {
   m.impl("mrope_backward", liger::WithoutAutocast<liger::mrope_backward>::call);
   m.impl("swiglu", liger::WithoutAutocast<liger::swiglu>::call);
   m.impl("swiglu_backward", liger::WithoutAutocast<liger::swiglu_backward>::call);
+  m.impl("swiglu_backward_", liger::WithoutAutocast<liger::swiglu_backward_>::call);
   m.impl("geglu", liger::WithoutAutocast<liger::geglu>::call);
   m.impl("geglu_backward", liger::WithoutAutocast<liger::geglu_backward>::call);
+  m.impl("geglu_backward_", liger::WithoutAutocast<liger::geglu_backward_>::call);
   m.impl("swiglu_packed", liger::WithoutAutocast<liger::swiglu_packed>::call);
   m.impl("swiglu_packed_backward", liger::WithoutAutocast<liger::swiglu_packed_backward>::call);
+  m.impl("swiglu_packed_backward_", liger::WithoutAutocast<liger::swiglu_packed_backward_>::call);
   m.impl("geglu_packed", liger::WithoutAutocast<liger::geglu_packed>::call);
   m.impl("geglu_packed_backward", liger::WithoutAutocast<liger::geglu_packed_backward>::call);
+  m.impl("geglu_packed_backward_", liger::WithoutAutocast<liger::geglu_packed_backward_>::call);
   m.impl("cross_entropy", liger::WithoutAutocast<liger::cross_entropy>::call);
   m.impl("cross_entropy_forward", liger::WithoutAutocast<liger::cross_entropy_forward>::call);
   m.impl("cross_entropy_backward", liger::WithoutAutocast<liger::cross_entropy_backward>::call);

@@ -37,4 +37,16 @@ at::Tensor geglu_packed_backward_cpu(
   return glu_packed_backward(dout, gate_up, backward(gelu));
 }
 
+void geglu_backward_inplace_cpu(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate) {
+  const auto gelu = check_geglu_backward_(dout, gate, up, approximate);
+  glu_backward_(dout, gate, up, backward(gelu));
+}
+
+void geglu_packed_backward_inplace_cpu(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate) {
+  const auto gelu = check_geglu_packed_backward_(dout, gate_up, approximate);
+  glu_packed_backward_(dout, gate_up, backward(gelu));
+}
+
 }  // namespace liger

@@ -155,13 +155,15 @@ inline void glu_backward(const GluRows& args, GluActivation activation) {
         T* dgate = static_cast<T*>(args.dgate) + row * args.grad_stride + begin;
         T* dup = static_cast<T*>(args.dup) + row * args.grad_stride + begin;
         for_each_pack<T>(end - begin, [&](int64_t i, auto count) {
+          // All is read before anything is written: gradients may go over gate and up.
           const auto g = P::load(gate + i, count);
+          const auto u = P::load(up + i, count);
           const auto d = P::load(dout + i, count);
           P value, slope;
           for (int k = 0; k < P::kVectors; ++k)
             act.template value_and_slope<T>(g.v[k], value.v[k], slope.v[k]);
           (d * value).store(dup + i, count);
-          (d * P::load(up + i, count) * slope).store(dgate + i, count);
+          (d * u * slope).store(dgate + i, count);
         });
       });
     });

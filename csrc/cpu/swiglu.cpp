@@ -31,4 +31,14 @@ at::Tensor swiglu_packed_backward_cpu(const at::Tensor& dout, const at::Tensor& 
   return glu_packed_backward(dout, gate_up, backward);
 }
 
+void swiglu_backward_inplace_cpu(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up) {
+  check_swiglu_backward_(dout, gate, up);
+  glu_backward_(dout, gate, up, backward);
+}
+
+void swiglu_packed_backward_inplace_cpu(const at::Tensor& dout, at::Tensor& gate_up) {
+  check_swiglu_packed_backward_(dout, gate_up);
+  glu_packed_backward_(dout, gate_up, backward);
+}
+
 }  // namespace liger

@@ -47,4 +47,18 @@ at::Tensor geglu_packed_backward_cuda(
   return glu_packed_backward(dout, gate_up, backward("geglu_packed_backward", gelu));
 }
 
+void geglu_backward_inplace_cuda(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate) {
+  const auto gelu = check_geglu_backward_(dout, gate, up, approximate);
+  const c10::cuda::CUDAGuard device_guard(gate.device());
+  glu_backward_(dout, gate, up, backward("geglu_backward_", gelu));
+}
+
+void geglu_packed_backward_inplace_cuda(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate) {
+  const auto gelu = check_geglu_packed_backward_(dout, gate_up, approximate);
+  const c10::cuda::CUDAGuard device_guard(gate_up.device());
+  glu_packed_backward_(dout, gate_up, backward("geglu_packed_backward_", gelu));
+}
+
 }  // namespace liger

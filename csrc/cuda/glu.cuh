@@ -169,12 +169,12 @@ __global__ void __launch_bounds__(kGluThreads)
   result.store(out + at.row * cols + at.col);
 }
 
-// d gate = dout * up * act'(gate),  d up = dout * act(gate).
+// d gate = dout * up * act'(gate),  d up = dout * act(gate). Gradients may be written over gate and up: a
+// thread has read all of its elements before it writes any.
 template <typename Activation, typename T, int VEC>
-__global__ void __launch_bounds__(kGluThreads)
-    glu_backward_kernel(const T* __restrict__ dout, const T* __restrict__ gate, const T* __restrict__ up,
-        T* __restrict__ dgate, T* __restrict__ dup, int64_t rows, int64_t cols, int64_t dout_stride,
-        int64_t gate_stride, int64_t up_stride, int64_t grad_stride) {
+__global__ void __launch_bounds__(kGluThreads) glu_backward_kernel(const T* __restrict__ dout, const T* gate,
+    const T* up, T* dgate, T* dup, int64_t rows, int64_t cols, int64_t dout_stride, int64_t gate_stride,
+    int64_t up_stride, int64_t grad_stride) {
   const GluPosition<VEC> at(rows, cols);
   if (!at.inside) return;
   const auto d = Vec<T, VEC>::load(dout + at.row * dout_stride + at.col);

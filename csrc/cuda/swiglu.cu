@@ -31,4 +31,18 @@ at::Tensor swiglu_packed_backward_cuda(const at::Tensor& dout, const at::Tensor&
       [](const GluRows& rows) { cuda::launch_glu_backward<cuda::Silu>("swiglu_packed_backward", rows); });
 }
 
+void swiglu_backward_inplace_cuda(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up) {
+  check_swiglu_backward_(dout, gate, up);
+  const c10::cuda::CUDAGuard device_guard(gate.device());
+  glu_backward_(dout, gate, up,
+      [](const GluRows& rows) { cuda::launch_glu_backward<cuda::Silu>("swiglu_backward_", rows); });
+}
+
+void swiglu_packed_backward_inplace_cuda(const at::Tensor& dout, at::Tensor& gate_up) {
+  check_swiglu_packed_backward_(dout, gate_up);
+  const c10::cuda::CUDAGuard device_guard(gate_up.device());
+  glu_packed_backward_(dout, gate_up,
+      [](const GluRows& rows) { cuda::launch_glu_backward<cuda::Silu>("swiglu_packed_backward_", rows); });
+}
+
 }  // namespace liger

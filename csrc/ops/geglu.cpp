@@ -6,6 +6,7 @@
 
 #include "ops/dispatch.h"
 #include "ops/geglu_node.h"
+#include "ops/reuse.h"
 
 namespace liger {
 
@@ -40,6 +41,16 @@ at::Tensor geglu_packed_backward(
   return op.call(dout, gate_up, approximate);
 }
 
+void geglu_backward_(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate) {
+  static const auto op = find_operator("liger::geglu_backward_", geglu_backward_);
+  op.call(dout, gate, up, approximate);
+}
+
+void geglu_packed_backward_(const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate) {
+  static const auto op = find_operator("liger::geglu_packed_backward_", geglu_packed_backward_);
+  op.call(dout, gate_up, approximate);
+}
+
 namespace {
 
 GluActivation gelu_named(const char* op, std::string_view approximate) {
@@ -72,6 +83,18 @@ GluActivation check_geglu_packed_backward(
   return gelu_named("geglu_packed_backward", approximate);
 }
 
+GluActivation check_geglu_backward_(
+    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
+  check_glu_backward_("geglu_backward_", dout, gate, up);
+  return gelu_named("geglu_backward_", approximate);
+}
+
+GluActivation check_geglu_packed_backward_(
+    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate) {
+  check_glu_packed_backward_("geglu_packed_backward_", dout, gate_up);
+  return gelu_named("geglu_packed_backward_", approximate);
+}
+
 at::Tensor geglu_meta(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate) {
   check_geglu(gate, up, approximate);
   return empty_glu(gate);
@@ -94,9 +117,25 @@ at::Tensor geglu_packed_backward_meta(
   return empty_glu_packed_gradient(gate_up);
 }
 
+void geglu_backward_inplace_meta(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate) {
+  check_geglu_backward_(dout, gate, up, approximate);
+}
+
+void geglu_packed_backward_inplace_meta(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate) {
+  check_geglu_packed_backward_(dout, gate_up, approximate);
+}
+
 variable_list GegluBackward::backward(const variable_list& grads, Wanted wanted, const at::Tensor& gate,
     const at::Tensor& up, const std::string& approximate) {
-  auto [dgate, dup] = geglu_backward(grads[0], gate, up, approximate);
+  const auto gradients = [&]() -> TensorPair {
+    if (!can_overwrite(gate) || !can_overwrite(up)) return geglu_backward(grads[0], gate, up, approximate);
+    auto dgate = gate.variable_data(), dup = up.variable_data();
+    geglu_backward_(grads[0], dgate, dup, approximate);
+    return {std::move(dgate), std::move(dup)};
+  };
+  auto [dgate, dup] = gradients();
   return {wanted[0] ? dgate : at::Tensor(), wanted[1] ? dup : at::Tensor()};
 }
 
@@ -104,7 +143,10 @@ at::Tensor GegluBackward::rebuild() { return geglu(gate.unpack(), up.unpack(), a
 
 variable_list GegluPackedBackward::backward(const variable_list& grads, Wanted /*wanted*/,
     const at::Tensor& gate_up, const std::string& approximate) {
-  return {geglu_packed_backward(grads[0], gate_up, approximate)};
+  if (!can_overwrite(gate_up)) return {geglu_packed_backward(grads[0], gate_up, approximate)};
+  auto gradient = gate_up.variable_data();
+  geglu_packed_backward_(grads[0], gradient, approximate);
+  return {std::move(gradient)};
 }
 
 at::Tensor GegluPackedBackward::rebuild() { return geglu_packed(gate_up.unpack(), approximate); }

@@ -24,6 +24,8 @@ TensorPair geglu_backward(
 at::Tensor geglu_packed(const at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_packed_backward(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+void geglu_backward_(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate);
+void geglu_packed_backward_(const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate);
 
 // The checks also read `approximate`.
 GluActivation check_geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
@@ -31,6 +33,10 @@ GluActivation check_geglu_backward(
     const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 GluActivation check_geglu_packed(const at::Tensor& gate_up, std::string_view approximate);
 GluActivation check_geglu_packed_backward(
+    const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+GluActivation check_geglu_backward_(
+    const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
+GluActivation check_geglu_packed_backward_(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
 
 // Kernels by dispatch key, bound in registration.cpp.
@@ -40,18 +46,30 @@ TensorPair geglu_backward_cpu(
 at::Tensor geglu_packed_cpu(const at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_packed_backward_cpu(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+void geglu_backward_inplace_cpu(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate);
+void geglu_packed_backward_inplace_cpu(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_cuda(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 TensorPair geglu_backward_cuda(
     const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 at::Tensor geglu_packed_cuda(const at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_packed_backward_cuda(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+void geglu_backward_inplace_cuda(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate);
+void geglu_packed_backward_inplace_cuda(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_meta(const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 TensorPair geglu_backward_meta(
     const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 at::Tensor geglu_packed_meta(const at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_packed_backward_meta(
     const at::Tensor& dout, const at::Tensor& gate_up, std::string_view approximate);
+void geglu_backward_inplace_meta(
+    const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, std::string_view approximate);
+void geglu_packed_backward_inplace_meta(
+    const at::Tensor& dout, at::Tensor& gate_up, std::string_view approximate);
 at::Tensor geglu_autograd(
     c10::DispatchKeySet keys, const at::Tensor& gate, const at::Tensor& up, std::string_view approximate);
 at::Tensor geglu_packed_autograd(

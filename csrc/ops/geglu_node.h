@@ -10,6 +10,7 @@ namespace liger {
 
 struct GegluBackward : RebuildableNode<GegluBackward> {
   static constexpr size_t kInputs = 2;  // gate, up
+  static constexpr bool kOverwritesSaved = true;
 
   SavedVariable gate, up;
   std::string approximate;
@@ -27,6 +28,7 @@ struct GegluBackward : RebuildableNode<GegluBackward> {
 
 struct GegluPackedBackward : RebuildableNode<GegluPackedBackward> {
   static constexpr size_t kInputs = 1;  // gate_up
+  static constexpr bool kOverwritesSaved = true;
 
   SavedVariable gate_up;
   std::string approximate;

@@ -1,5 +1,6 @@
 #include "ops/glu.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 
 #include "ops/checks.h"
@@ -14,6 +15,11 @@ c10::SymDimVector half_shape(const at::Tensor& gate_up) {
   c10::SymDimVector shape(gate_up.sym_sizes().begin(), gate_up.sym_sizes().end());
   shape.back() = shape.back() / 2;
   return shape;
+}
+
+void check_contiguous(const Argument& arg) {
+  TORCH_CHECK_VALUE(arg.tensor.is_contiguous(), "liger::", arg.op, ": ", arg.name,
+      ", which the gradient is written over, must be contiguous, got strides ", arg.tensor.sym_strides());
 }
 
 }  // namespace
@@ -55,6 +61,18 @@ void check_glu_packed_backward(const char* op, const at::Tensor& dout, const at:
   check_shape(dout_arg, half_shape(gate_up), "shape of one half of gate_up");
 }
 
+void check_glu_backward_(
+    const char* op, const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up) {
+  check_glu_backward(op, dout, gate, up);
+  check_contiguous({op, "gate", gate});
+  check_contiguous({op, "up", up});
+}
+
+void check_glu_packed_backward_(const char* op, const at::Tensor& dout, const at::Tensor& gate_up) {
+  check_glu_packed_backward(op, dout, gate_up);
+  check_contiguous({op, "gate_up", gate_up});
+}
+
 at::Tensor empty_glu(const at::Tensor& gate) { return at::empty_symint(gate.sym_sizes(), gate.options()); }
 
 TensorPair empty_glu_gradients(const at::Tensor& gate) { return {empty_glu(gate), empty_glu(gate)}; }
@@ -86,9 +104,12 @@ at::Tensor glu_forward(const at::Tensor& gate, const at::Tensor& up, RunGlu run)
   return out;
 }
 
-TensorPair glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, RunGlu run) {
-  auto [dgate, dup] = empty_glu_gradients(gate);
-  if (dgate.numel() == 0) return {dgate, dup};
+namespace {
+
+// dgate and dup are contiguous, and may be gate and up.
+void run_glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up,
+    const at::Tensor& dgate, const at::Tensor& dup, RunGlu run) {
+  if (dgate.numel() == 0) return;
   const auto dout_rows = as_rows(dout), gate_rows = as_rows(gate), up_rows = as_rows(up);
   const bool flat = dout_rows.dense() && gate_rows.dense() && up_rows.dense();
   run({.dtype = gate.scalar_type(),
@@ -103,7 +124,21 @@ TensorPair glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at
       .up_stride = up_rows.stride,
       .dout_stride = dout_rows.stride,
       .grad_stride = gate_rows.cols});
-  return {dgate, dup};
+}
+
+}  // namespace
+
+TensorPair glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, RunGlu run) {
+  auto gradients = empty_glu_gradients(gate);
+  run_glu_backward(dout, gate, up, std::get<0>(gradients), std::get<1>(gradients), run);
+  return gradients;
+}
+
+void glu_backward_(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, RunGlu run) {
+  at::assert_no_overlap(gate, up);
+  at::assert_no_overlap(gate, dout);
+  at::assert_no_overlap(up, dout);
+  run_glu_backward(dout, gate, up, gate, up, run);
 }
 
 namespace {
@@ -132,9 +167,12 @@ at::Tensor glu_packed_forward(const at::Tensor& gate_up, RunGlu run) {
   return out;
 }
 
-at::Tensor glu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up, RunGlu run) {
-  auto gradient = empty_glu_packed_gradient(gate_up);
-  if (gradient.numel() == 0) return gradient;
+namespace {
+
+// The gradient is contiguous, and may be gate_up.
+void run_glu_packed_backward(
+    const at::Tensor& dout, const at::Tensor& gate_up, const at::Tensor& gradient, RunGlu run) {
+  if (gradient.numel() == 0) return;
   const auto dout_rows = as_rows(dout), rows = as_rows(gate_up);
   run({.dtype = gate_up.scalar_type(),
       .gate = rows.data(),
@@ -148,7 +186,19 @@ at::Tensor glu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up
       .up_stride = rows.stride,
       .dout_stride = dout_rows.stride,
       .grad_stride = rows.cols});
+}
+
+}  // namespace
+
+at::Tensor glu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up, RunGlu run) {
+  auto gradient = empty_glu_packed_gradient(gate_up);
+  run_glu_packed_backward(dout, gate_up, gradient, run);
   return gradient;
+}
+
+void glu_packed_backward_(const at::Tensor& dout, at::Tensor& gate_up, RunGlu run) {
+  at::assert_no_overlap(gate_up, dout);
+  run_glu_packed_backward(dout, gate_up, gate_up, run);
 }
 
 }  // namespace liger

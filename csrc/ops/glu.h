@@ -5,6 +5,9 @@
 // Layouts: gate and up as two tensors, or packed as the halves of one buffer's last dimension, gate first.
 // A packed buffer is read in place, and its gradient is one buffer, written in place.
 //
+// With an underscore: the gradients are written over gate and up, or over gate_up, which are contiguous and
+// share no memory with each other or with dout.
+//
 // Rounding points are those of Hugging Face's eager MLP: act(gate) is computed in float32 (float64 for
 // float64) and rounded to the dtype, the product is rounded again. Gradients are rounded once.
 
@@ -23,6 +26,9 @@ void check_glu(const char* op, const at::Tensor& gate, const at::Tensor& up);
 void check_glu_backward(const char* op, const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
 void check_glu_packed(const char* op, const at::Tensor& gate_up);
 void check_glu_packed_backward(const char* op, const at::Tensor& dout, const at::Tensor& gate_up);
+void check_glu_backward_(
+    const char* op, const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up);
+void check_glu_packed_backward_(const char* op, const at::Tensor& dout, const at::Tensor& gate_up);
 
 // Uninitialised results.
 at::Tensor empty_glu(const at::Tensor& gate);
@@ -37,5 +43,8 @@ at::Tensor glu_forward(const at::Tensor& gate, const at::Tensor& up, RunGlu run)
 TensorPair glu_backward(const at::Tensor& dout, const at::Tensor& gate, const at::Tensor& up, RunGlu run);
 at::Tensor glu_packed_forward(const at::Tensor& gate_up, RunGlu run);
 at::Tensor glu_packed_backward(const at::Tensor& dout, const at::Tensor& gate_up, RunGlu run);
+// Over the arguments.
+void glu_backward_(const at::Tensor& dout, at::Tensor& gate, at::Tensor& up, RunGlu run);
+void glu_packed_backward_(const at::Tensor& dout, at::Tensor& gate_up, RunGlu run);
 
 }  // namespace liger

@@ -16,8 +16,8 @@ struct GluRows {
   const void* up;              // [rows, cols]
   const void* dout = nullptr;  // backward: [rows, cols]
   void* out = nullptr;         // forward: [rows, cols] contiguous
-  void* dgate = nullptr;       // backward: [rows, cols], row stride grad_stride
-  void* dup = nullptr;         // backward: [rows, cols], row stride grad_stride
+  void* dgate = nullptr;       // backward: [rows, cols], row stride grad_stride; may be gate's memory
+  void* dup = nullptr;         // backward: [rows, cols], row stride grad_stride; may be up's memory
   int64_t rows, cols;
   int64_t gate_stride, up_stride;
   int64_t dout_stride = 0, grad_stride = 0;

@@ -17,13 +17,15 @@
 //   };
 //
 // backward is called with at least one defined gradient, and returns one for each of the kInputs tensors that
-// make_node got.
+// make_node got. A node with kOverwritesSaved lets go of what it has saved before its last backward, which
+// may then own it alone (ops/reuse.h).
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
@@ -112,9 +114,11 @@ inline bool has_tangent(const std::optional<at::Tensor>& tensor) { return tensor
 
 template <typename Derived, typename Base = torch::autograd::Node>
 struct BackwardNode : Base {
+  static constexpr bool kOverwritesSaved = false;
+
   void release_variables() override {
     std::lock_guard<std::mutex> lock(this->mutex_);
-    std::apply([](auto&... member) { (detail::release(member), ...); }, Derived::members(self()));
+    release_saved();
   }
 
   // Compiled autograd: what the graph depends on, and a call of functional() in the graph.
@@ -149,6 +153,11 @@ struct BackwardNode : Base {
   }
 
  protected:
+  // With the node's lock held.
+  virtual void release_saved() {
+    std::apply([](auto&... member) { (detail::release(member), ...); }, Derived::members(self()));
+  }
+
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(this->mutex_);
     if (!detail::any_defined(grads)) return variable_list(Derived::kInputs);
@@ -159,6 +168,7 @@ struct BackwardNode : Base {
           return std::tuple<detail::Plain<decltype(member)>...>{detail::plain(member, this->getptr())...};
         },
         Derived::members(self()));
+    if (Derived::kOverwritesSaved && !torch::autograd::get_current_graph_task_keep_graph()) release_saved();
     // Nobody will differentiate the gradients, so the Autograd kernels of the operators below, which are
     // there to say that this is not implemented, can be left out.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;

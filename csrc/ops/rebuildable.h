@@ -33,11 +33,6 @@ struct Rebuildable : torch::autograd::Node {
 
 template <typename Derived>
 struct RebuildableNode : BackwardNode<Derived, Rebuildable> {
-  // Not while somebody whose own backward is still to come may ask for the result.
-  void release_variables() override {
-    if (this->rebuilt.expired()) BackwardNode<Derived, Rebuildable>::release_variables();
-  }
-
   c10::SmallVector<SavedVariable*, 4> saved() override {
     c10::SmallVector<SavedVariable*, 4> found;
     const auto add = [&](auto& member) {
@@ -45,6 +40,12 @@ struct RebuildableNode : BackwardNode<Derived, Rebuildable> {
     };
     std::apply([&](auto&... member) { (add(member), ...); }, Derived::members(static_cast<Derived&>(*this)));
     return found;
+  }
+
+ protected:
+  // Not while somebody whose own backward is still to come may ask for the result.
+  void release_saved() override {
+    if (this->rebuilt.expired()) BackwardNode<Derived, Rebuildable>::release_saved();
   }
 };
 

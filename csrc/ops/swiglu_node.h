@@ -8,6 +8,7 @@ namespace liger {
 
 struct SwigluBackward : RebuildableNode<SwigluBackward> {
   static constexpr size_t kInputs = 2;  // gate, up
+  static constexpr bool kOverwritesSaved = true;
 
   SavedVariable gate, up;
 
@@ -24,6 +25,7 @@ struct SwigluBackward : RebuildableNode<SwigluBackward> {
 
 struct SwigluPackedBackward : RebuildableNode<SwigluPackedBackward> {
   static constexpr size_t kInputs = 1;  // gate_up
+  static constexpr bool kOverwritesSaved = true;
 
   SavedVariable gate_up;
 

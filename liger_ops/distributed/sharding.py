@@ -109,10 +109,10 @@ def _elementwise(*names: str, results: int = 1) -> Callable[[SimpleNamespace], I
     return rule
 
 
-def _packed(*names: str) -> Callable[[SimpleNamespace], Iterator[Strategy]]:
+def _packed(*names: str, results: int = 1) -> Callable[[SimpleNamespace], Iterator[Strategy]]:
     def rule(a: SimpleNamespace) -> Iterator[Strategy]:
         for d in _rows(a.gate_up):
-            yield [Shard(d)], {name: Shard(d) for name in names}
+            yield [Shard(d)] * results, {name: Shard(d) for name in names}
 
     return rule
 
@@ -201,12 +201,16 @@ RULES: dict[str, Callable[[SimpleNamespace], Iterator[Strategy]]] = {
     "mrope_backward": _rotated("dq", "dk"),
     "swiglu": _elementwise("gate", "up"),
     "swiglu_backward": _elementwise("dout", "gate", "up", results=2),
+    "swiglu_backward_": _elementwise("dout", "gate", "up", results=0),
     "geglu": _elementwise("gate", "up"),
     "geglu_backward": _elementwise("dout", "gate", "up", results=2),
+    "geglu_backward_": _elementwise("dout", "gate", "up", results=0),
     "swiglu_packed": _packed("gate_up"),
     "swiglu_packed_backward": _packed("dout", "gate_up"),
+    "swiglu_packed_backward_": _packed("dout", "gate_up", results=0),
     "geglu_packed": _packed("gate_up"),
     "geglu_packed_backward": _packed("dout", "gate_up"),
+    "geglu_packed_backward_": _packed("dout", "gate_up", results=0),
     "cross_entropy": _cross_entropy("cross_entropy", ()),
     "cross_entropy_forward": _cross_entropy("cross_entropy", (Shard(0), Replicate())),
     "cross_entropy_backward": _cross_entropy_backward,
