@@ -146,9 +146,11 @@ struct GluPosition {
   __device__ __forceinline__ GluPosition(int64_t rows, int64_t cols) {
     const uint64_t per_row = static_cast<uint64_t>(cols) / VEC;
     const uint64_t index = static_cast<uint64_t>(blockIdx.x) * kGluThreads + threadIdx.x;
-    row = static_cast<int64_t>(index / per_row);
-    col = static_cast<int64_t>(index - row * per_row) * VEC;
-    inside = row < rows;
+    // One row has no need of the division, which takes as long as a load from L2.
+    row = rows == 1 ? 0 : static_cast<int64_t>(index / per_row);
+    const uint64_t vector = index - row * per_row;
+    col = static_cast<int64_t>(vector) * VEC;
+    inside = row < rows && vector < per_row;
   }
 };
 

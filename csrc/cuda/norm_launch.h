@@ -21,24 +21,28 @@ struct RowConfig {
 };
 
 // f(RowConfig) with the narrowest forward kernel that holds a row of `vectors` 16-byte vectors; false if none
-// does. Where two tensors are read (RESIDUAL), rows take more threads with fewer vectors each.
+// does. Where two tensors are read (RESIDUAL), rows take more threads with fewer vectors each. The number of
+// rows has no say: a row's result is the same whatever it is computed together with.
 template <bool RESIDUAL = false, typename F>
 bool with_forward_config(int64_t vectors, const F& f) {
-  if (vectors <= 16) return f(RowConfig<1, 16, 16>{}), true;
+  if (vectors <= 16) return f(RowConfig<1, 16, 8>{}), true;
   if (vectors <= 32) return f(RowConfig<1, 32, 4>{}), true;
   if (vectors <= 64) return f(RowConfig<2, 32, 4>{}), true;
-  if (vectors <= 128) return f(RowConfig<1, 128, 1>{}), true;
+  if (vectors <= 128) {
+    return f(std::conditional_t<RESIDUAL, RowConfig<1, 128, 1>, RowConfig<2, 64, 1>>{}), true;
+  }
   if (vectors <= 256) return f(RowConfig<2, 128, 1>{}), true;
   if (vectors <= 512) {
-    return f(std::conditional_t<RESIDUAL, RowConfig<2, 256, 1>, RowConfig<4, 128, 1>>{}), true;
+    return f(std::conditional_t<RESIDUAL, RowConfig<1, 512, 1>, RowConfig<4, 128, 1>>{}), true;
+  }
+  if constexpr (!RESIDUAL) {
+    if (vectors <= 640) return f(RowConfig<5, 128, 1>{}), true;
   }
   if (vectors <= 768) return f(RowConfig<3, 256, 1>{}), true;
   if (vectors <= 1024) {
     return f(std::conditional_t<RESIDUAL, RowConfig<1, 1024, 1>, RowConfig<4, 256, 1>>{}), true;
   }
-  if (vectors <= 2048) {
-    return f(std::conditional_t<RESIDUAL, RowConfig<2, 1024, 1>, RowConfig<4, 512, 1>>{}), true;
-  }
+  if (vectors <= 2048) return f(RowConfig<4, 512, 1>{}), true;
   if (vectors <= 4096) return f(RowConfig<4, 1024, 1>{}), true;
   return false;
 }

@@ -50,13 +50,11 @@ struct RmsNormArguments {
   bool round_normalized;
 };
 
-// y of VEC columns from what is normalised.
+// y of VEC columns from what is normalised, and from their weights where there are any.
 template <typename T, typename W, int VEC>
-__device__ __forceinline__ void write_rms_norm(
-    const RmsNormArguments<T, W>& args, const Packed<T, VEC>& x, Accumulate<T> rstd, int64_t row, int col) {
+__device__ __forceinline__ void write_rms_norm(const RmsNormArguments<T, W>& args, const Packed<T, VEC>& x,
+    const Packed<W, VEC>& weight, Accumulate<T> rstd, int64_t row, int col) {
   using A = Accumulate<T>;
-  A weight[VEC];
-  if (args.weight != nullptr) load_wide<W, VEC>(args.weight + col, weight);
   A y[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) y[i] = x[i] * rstd;
@@ -88,20 +86,31 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
   if (row >= args.rows) return;  // all lanes of a row leave, and those of others do not wait for them
   const T* x = args.x + row * args.x_stride;
 
-  V held[NV];
+  V held[NV], added[RESIDUAL ? NV : 1];
+  const T* residual = RESIDUAL ? args.residual + row * args.residual_stride : nullptr;
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     const int col = (v * TPR + lane) * VEC;
-    if (col < args.cols) held[v] = V::load(x + col);
+    if (col < args.cols) {
+      held[v] = V::load(x + col);
+      if constexpr (RESIDUAL) added[v] = V::load(residual + col);
+    }
   }
-  if constexpr (RESIDUAL) {
-    const T* residual = args.residual + row * args.residual_stride;
-    V added[NV];
+  Packed<W, VEC> weight[NV];
+  const auto load_weight = [&] {
+    if (args.weight == nullptr) return;
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
-      if (col < args.cols) added[v] = V::load(residual + col);
+      if (col < args.cols) weight[v] = Packed<W, VEC>::load(args.weight + col);
     }
+  };
+  // Asked for before the sum, the weight comes in the same wait as the row. The widest rows leave no
+  // registers for it.
+  constexpr size_t kRegisters = NV * VEC * ((RESIDUAL ? 2 : 1) * sizeof(T) + sizeof(W)) / 4;
+  constexpr bool kWeightFirst = TPR < 1024 || kRegisters <= 48;
+  if constexpr (kWeightFirst) load_weight();
+  if constexpr (RESIDUAL) {
 #pragma unroll
     for (int v = 0; v < NV; ++v) {
       const int col = (v * TPR + lane) * VEC;
@@ -126,11 +135,12 @@ __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArgum
   const A mean = sum.all(squares) / static_cast<A>(args.cols);
   const A rstd = reciprocal_sqrt(mean + args.eps);
   if (lane == 0) args.rstd[row] = rstd;
+  if constexpr (!kWeightFirst) load_weight();
 
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     const int col = (v * TPR + lane) * VEC;
-    if (col < args.cols) write_rms_norm(args, held[v], rstd, row, col);
+    if (col < args.cols) write_rms_norm(args, held[v], weight[v], rstd, row, col);
   }
 }
 
@@ -162,7 +172,9 @@ __global__ void __launch_bounds__(THREADS, 2) rms_norm_forward_loop_kernel(RmsNo
   // A thread reads back the sums that it wrote itself.
   const T* normalized = RESIDUAL ? total : x;
   for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
-    write_rms_norm(args, V::load(normalized + col), rstd, row, col);
+    Packed<W, VEC> weight;
+    if (args.weight != nullptr) weight = Packed<W, VEC>::load(args.weight + col);
+    write_rms_norm(args, V::load(normalized + col), weight, rstd, row, col);
   }
 }
 
