@@ -329,6 +329,20 @@ def test_torch_compile(installed, arguments, device):
     assert losses == pytest.approx(stock_losses, rel=1e-4)
 
 
+def test_torch_compile_of_layers(installed, arguments, device, monkeypatch):
+    """Accelerate compiles each layer by itself, in a copy of the model that shares its modules' state."""
+    torch.compiler.reset()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    options = dict(use_liger=True, torch_compile=True, torch_compile_backend="aot_eager")
+    model = tiny(device=device)
+    stock = twin(model)
+    trainer, _, losses = run(model, arguments(**options))
+    _, _, stock_losses = run(stock, arguments())
+    layers = trainer.model_wrapped.model.layers
+    assert {type(layer).__name__ for layer in layers} == {"OptimizedModule"}
+    assert losses == pytest.approx(stock_losses, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_torch_compile_by_inductor(installed, arguments, device):
     torch.compiler.reset()
