@@ -8,8 +8,8 @@ namespace liger {
 
 namespace {
 
-// Whether there is no other reference to the tensor. A Python object that was made for it has one, and lives on
-// by the tensor's own reference to it when no variable has it any more.
+// Whether there is no other reference to the tensor. A Python object that was made for it has one, and lives
+// on by the tensor's own reference to it when no variable has it any more.
 bool has_one_owner(const at::Tensor& tensor) {
   if (tensor.use_count() == 1) return true;
   return tensor.use_count() == 2 && tensor.unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference();
