@@ -106,8 +106,7 @@ def add_rms_norm(
 
     Moves:
         Forward reads x and residual and writes sum and y. Backward reads dy, the gradient of sum and sum, and
-        writes the gradients of x and residual, which are equal and share no memory, as far as they are asked
-        for.
+        writes one gradient, which x and residual both get.
     """
     y, total, _ = _add_rms_norm(x, residual, weight, eps, offset, casting_mode)
     return y, total
@@ -241,7 +240,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         `silu(gate)`, then the product. The gradients are computed in float32 and rounded once.
 
     Saves:
-        gate and up; the activation is computed again.
+        gate and up; the activation is computed again. In the last backward pass their gradients take their
+        memory, where nobody else has hold of it.
 
     Moves:
         Forward reads gate and up and writes the result. Backward reads dout, gate and up and writes dgate and
