@@ -296,6 +296,21 @@ def test_inplace_changes_of_saved_tensors_are_found(device):
             (out if change_input else y).sum().backward()
 
 
+def test_nodes_have_names(device):
+    """What `print` shows of a result, and what profilers and anomaly detection show of backward."""
+    module, inputs = block(device)
+    found, waiting = set(), [loss.grad_fn for loss in module(*inputs)]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    ours = {node.name() for node in found if "liger" in node.name()}
+    operators = ["RmsNorm", "Rope", "Swiglu", "CrossEntropy", "FusedLinearCrossEntropy"]
+    assert ours >= {f"liger::{operator}Backward" for operator in operators}
+    assert not any("anonymous" in name for name in ours)
+
+
 def test_nodes_are_freed(device):
     """A result that its own node saves must not keep the node alive."""
     x = torch.randn(4, 8, device=device, requires_grad=True)

@@ -179,8 +179,7 @@ at::Tensor cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor
   return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
-namespace {
-
+// Its name, which `grad_fn` shows, is one outside of this file.
 struct CrossEntropyBackward : BackwardNode<CrossEntropyBackward> {
   static constexpr size_t kInputs = 1;  // logits
 
@@ -206,8 +205,6 @@ struct CrossEntropyBackward : BackwardNode<CrossEntropyBackward> {
         ignore_index, label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling)};
   }
 };
-
-}  // namespace
 
 CrossEntropyOutputs cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,

@@ -266,6 +266,10 @@ at::Tensor scaled(at::Tensor saved, const at::Tensor& scale) {
   return saved;
 }
 
+}  // namespace
+
+// The nodes have names outside of this file, which `grad_fn` shows.
+
 // "mean" and "sum": the gradients wait for their factor.
 struct FusedLinearCrossEntropyBackward : BackwardNode<FusedLinearCrossEntropyBackward> {
   static constexpr size_t kInputs = 3;  // input, weight, bias
@@ -320,6 +324,8 @@ struct FusedLinearCrossEntropyUnreducedBackward : BackwardNode<FusedLinearCrossE
         wanted[2] ? dbias : at::Tensor()};
   }
 };
+
+namespace {
 
 void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->requires_grad(),

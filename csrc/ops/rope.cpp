@@ -169,7 +169,11 @@ TensorPair backward_of(
   }
 }
 
-// The node of both operators.
+}  // namespace
+
+// The nodes have names outside of this file, which `grad_fn` shows.
+
+// What both have.
 template <typename Derived, typename Option>
 struct RotationBackward : BackwardNode<Derived> {
   static constexpr size_t kInputs = 2;  // q, k
@@ -200,6 +204,8 @@ struct RotationBackward : BackwardNode<Derived> {
 
 struct RopeBackward : RotationBackward<RopeBackward, bool> {};
 struct MropeBackward : RotationBackward<MropeBackward, std::vector<int64_t>> {};
+
+namespace {
 
 template <typename Node, typename Handle, typename Option>
 TensorPair differentiable(const char* op, const Handle& handle, c10::DispatchKeySet keys, const Tensor& q,
