@@ -48,9 +48,9 @@ class Pass:
         self.overwritten[i] = gradient.data_ptr() == self.addresses[i]
         self.gradients[i] = gradient.clone()
 
-    def backward(self, retain=False, **options):
+    def backward(self, retain=False):
         self.overwritten, self.gradients = {}, {}
-        self.out.backward(self.dout, retain_graph=retain, **options)
+        self.out.backward(self.dout, retain_graph=retain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
