@@ -93,30 +93,35 @@ TORCH_LIBRARY(liger, m) {
 
   // loss, z_loss: 0-D, or [tokens] for reduction "none"; lse: [tokens]; float32 (float64 for float64 logits).
   // token_accuracy: as loss, float32; predicted_tokens: [tokens] int64. z_loss is the part of loss that
-  // lse_square_scale adds. Only loss is differentiable.
+  // lse_square_scale adds. num_items (one element) replaces the divisor of "mean". Only loss is
+  // differentiable.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int ignore_index=-100, "
       "float label_smoothing=0.0, float lse_square_scale=0.0, float? softcap=None, str reduction=\"mean\", "
-      "bool use_token_scaling=False, bool return_token_accuracy=False, bool return_predicted_tokens=False) "
-      "-> "
+      "Tensor? num_items=None, bool use_token_scaling=False, bool return_token_accuracy=False, "
+      "bool return_predicted_tokens=False) -> "
       "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens)",
       kTags);
-  // cross_entropy with what its backward needs.
+  // cross_entropy with what its backward needs: either lse, lse_low and totals, or with need_dlogits the
+  // gradient for an upstream gradient of 1.
   m.def(
       "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
-      "float label_smoothing, float lse_square_scale, float? softcap, str reduction, "
-      "bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) -> "
-      "(Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens, "
-      "Tensor lse_low, Tensor totals)",
+      "float label_smoothing, float lse_square_scale, float? softcap, str reduction, Tensor? num_items, "
+      "bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens, bool need_dlogits) "
+      "-> (Tensor loss, Tensor z_loss, Tensor lse, Tensor token_accuracy, Tensor predicted_tokens, "
+      "Tensor lse_low, Tensor totals, Tensor dlogits)",
       kTags);
   m.def(
       "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor lse_low, Tensor totals, int ignore_index, float label_smoothing, float lse_square_scale, "
       "float? softcap, str reduction, bool use_token_scaling) -> Tensor dlogits",
       kTags);
+  // grad times a 0-D scale, without rounding the scale to grad's dtype.
+  m.def("cross_entropy_scale(Tensor grad, Tensor scale) -> Tensor", kTags);
+  m.def("cross_entropy_scale_(Tensor(a!) grad, Tensor scale) -> ()", kTags);
 
-  // The outputs: as cross_entropy of logits = input @ weight^T + bias. num_items (one element) replaces the
-  // divisor of "mean". compute_dtype: dtype of the matrix products; autocast sets it.
+  // The outputs: as cross_entropy of logits = input @ weight^T + bias. compute_dtype: dtype of the matrix
+  // products; autocast sets it.
   m.def(
       "fused_linear_cross_entropy(Tensor input, Tensor weight, Tensor target, Tensor? bias=None, "
       "Tensor? ce_weight=None, int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
@@ -143,9 +148,6 @@ TORCH_LIBRARY(liger, m) {
       "ScalarType? compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias) -> "
       "(Tensor dinput, Tensor dweight, Tensor dbias)",
       kTags);
-  // grad times a 0-D scale, without rounding the scale to grad's dtype.
-  m.def("fused_linear_cross_entropy_scale(Tensor grad, Tensor scale) -> Tensor", kTags);
-  m.def("fused_linear_cross_entropy_scale_(Tensor(a!) grad, Tensor scale) -> ()", kTags);
 }
 
 TORCH_LIBRARY_IMPL(liger, CPU, m) {
@@ -176,6 +178,10 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCpu>::call);
   m.impl("cross_entropy_backward",
       liger::OnDevice<liger::cross_entropy_backward_on, liger::kCrossEntropyCpu>::call);
+  m.impl(
+      "cross_entropy_scale", liger::OnDevice<liger::cross_entropy_scale_on, liger::kCrossEntropyCpu>::call);
+  m.impl("cross_entropy_scale_",
+      liger::OnDevice<liger::cross_entropy_scale_inplace_on, liger::kCrossEntropyCpu>::call);
   m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
   m.impl("fused_linear_cross_entropy_forward",
       liger::OnDevice<liger::fused_linear_cross_entropy_forward_on,
@@ -183,15 +189,11 @@ TORCH_LIBRARY_IMPL(liger, CPU, m) {
   m.impl("fused_linear_cross_entropy_backward",
       liger::OnDevice<liger::fused_linear_cross_entropy_backward_on,
           liger::kFusedLinearCrossEntropyCpu>::call);
-  m.impl("fused_linear_cross_entropy_scale",
-      liger::OnDevice<liger::fused_linear_cross_entropy_scale_on, liger::kFusedLinearCrossEntropyCpu>::call);
-  m.impl("fused_linear_cross_entropy_scale_",
-      liger::OnDevice<liger::fused_linear_cross_entropy_scale_inplace_on,
-          liger::kFusedLinearCrossEntropyCpu>::call);
 }
 
 #ifdef LIGER_WITH_CUDA
 TORCH_LIBRARY_IMPL(liger, CUDA, m) {
+  liger::reads_logits_once = liger::reads_logits_once_cuda;
   m.impl("rms_norm", liger::rms_norm_cuda);
   m.impl("rms_norm_backward", liger::rms_norm_backward_cuda);
   m.impl("add_rms_norm", liger::add_rms_norm_cuda);
@@ -219,17 +221,16 @@ TORCH_LIBRARY_IMPL(liger, CUDA, m) {
       liger::OnDevice<liger::cross_entropy_forward_on, liger::kCrossEntropyCuda>::call);
   m.impl("cross_entropy_backward",
       liger::OnDevice<liger::cross_entropy_backward_on, liger::kCrossEntropyCuda>::call);
+  m.impl(
+      "cross_entropy_scale", liger::OnDevice<liger::cross_entropy_scale_on, liger::kCrossEntropyCuda>::call);
+  m.impl("cross_entropy_scale_",
+      liger::OnDevice<liger::cross_entropy_scale_inplace_on, liger::kCrossEntropyCuda>::call);
   m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
   m.impl("fused_linear_cross_entropy_forward",
       liger::OnDevice<liger::fused_linear_cross_entropy_forward_on,
           liger::kFusedLinearCrossEntropyCuda>::call);
   m.impl("fused_linear_cross_entropy_backward",
       liger::OnDevice<liger::fused_linear_cross_entropy_backward_on,
-          liger::kFusedLinearCrossEntropyCuda>::call);
-  m.impl("fused_linear_cross_entropy_scale",
-      liger::OnDevice<liger::fused_linear_cross_entropy_scale_on, liger::kFusedLinearCrossEntropyCuda>::call);
-  m.impl("fused_linear_cross_entropy_scale_",
-      liger::OnDevice<liger::fused_linear_cross_entropy_scale_inplace_on,
           liger::kFusedLinearCrossEntropyCuda>::call);
 }
 #endif
@@ -260,11 +261,11 @@ TORCH_LIBRARY_IMPL(liger, Meta, m) {
   m.impl("cross_entropy", liger::cross_entropy_from_forward);
   m.impl("cross_entropy_forward", liger::cross_entropy_forward_meta);
   m.impl("cross_entropy_backward", liger::cross_entropy_backward_meta);
+  m.impl("cross_entropy_scale", liger::cross_entropy_scale_meta);
+  m.impl("cross_entropy_scale_", liger::cross_entropy_scale_inplace_meta);
   m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_from_forward);
   m.impl("fused_linear_cross_entropy_forward", liger::fused_linear_cross_entropy_forward_meta);
   m.impl("fused_linear_cross_entropy_backward", liger::fused_linear_cross_entropy_backward_meta);
-  m.impl("fused_linear_cross_entropy_scale", liger::fused_linear_cross_entropy_scale_meta);
-  m.impl("fused_linear_cross_entropy_scale_", liger::fused_linear_cross_entropy_scale_inplace_meta);
 }
 
 TORCH_LIBRARY_IMPL(liger, Autograd, m) {
@@ -293,11 +294,11 @@ TORCH_LIBRARY_IMPL(liger, Autograd, m) {
   m.impl("cross_entropy", liger::cross_entropy_autograd);
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_scale", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_linear_cross_entropy", liger::fused_linear_cross_entropy_autograd);
   m.impl("fused_linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("fused_linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("fused_linear_cross_entropy_scale", torch::autograd::autogradNotImplementedFallback());
-  m.impl("fused_linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());
 }
 
 // Autocast leaves the dtypes of norms, rotary embeddings, GLUs and logits alone. The kernels only take the
@@ -335,10 +336,8 @@ void register_autocast(torch::Library& m) {
       liger::WithoutAutocast<liger::fused_linear_cross_entropy_forward>::call);
   m.impl("fused_linear_cross_entropy_backward",
       liger::WithoutAutocast<liger::fused_linear_cross_entropy_backward>::call);
-  m.impl("fused_linear_cross_entropy_scale",
-      liger::WithoutAutocast<liger::fused_linear_cross_entropy_scale>::call);
-  m.impl("fused_linear_cross_entropy_scale_",
-      liger::WithoutAutocast<liger::fused_linear_cross_entropy_scale_>::call);
+  m.impl("cross_entropy_scale", liger::WithoutAutocast<liger::cross_entropy_scale>::call);
+  m.impl("cross_entropy_scale_", liger::WithoutAutocast<liger::cross_entropy_scale_>::call);
 }
 }  // namespace
 

@@ -371,6 +371,16 @@ def _cross_entropy_output(
     )
 
 
+def _one_number(value: Tensor | float | None, device: torch.device) -> Tensor | None:
+    """A tensor of the value on the device, which the host does not wait for."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True).reshape(())
+    # A fill on the device: copying a number there would wait for it.
+    return torch.full((), value, device=device, dtype=torch.float32)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -380,6 +390,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
+    num_items: Tensor | float | None = None,
     use_token_scaling: bool = False,
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
@@ -406,6 +417,8 @@ def cross_entropy(
         label_smoothing: e, between 0 and 1.
         lse_square_scale: factor of the z-loss.
         softcap: caps the logits smoothly at this size, as Gemma 2 does.
+        num_items: with `"mean"`, what the sum is divided by in place of the number of targets that count: a
+            number, or a tensor of one element on any device. It is never read on the host.
         use_token_scaling: multiplies each row's loss, z-loss included, by the probability `exp(y_t - lse)` of
             its target, through which no gradient flows: dynamic fine-tuning (Wu et al., arXiv:2508.05629).
             The divisor of the mean stays.
@@ -422,16 +435,24 @@ def cross_entropy(
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
 
     Rounding:
-        Everything is float32; the gradient is rounded once, to the logits' dtype. Where the target's
-        probability is near 1, its distance from 1 keeps its digits, and the log-sum-exp of large logits is
-        kept in two parts.
+        Everything is float32; the gradient is rounded once, to the logits' dtype, and where it was computed in
+        forward once more by an upstream gradient that is not a power of two. Where the target's probability is
+        near 1, its distance from 1 keeps its digits, and the log-sum-exp of large logits is kept in two parts.
 
     Saves:
-        The logits, the target, and two float32 numbers a row (the log-sum-exp).
+        The logits, the target, and two float32 numbers a row (the log-sum-exp); or, in their place, the
+        gradient of the logits where it was computed in forward.
 
     Moves:
         Forward reads the logits once. Backward reads them and writes their gradient.
+
+        A GPU that can keep a row of bfloat16 logits on the chip (up to 163 840 classes, a multiple of 8, on an
+        H100; no `softcap`, `label_smoothing`, predictions or `reduction="none"`) writes their gradient in
+        forward, where logits want one, and reads them only once. Backward then reads the upstream gradient
+        alone, and where that is not 1 multiplies the gradient by it in place: give the divisor of a summed
+        loss as `num_items` rather than divide afterwards.
     """
+    num_items = _one_number(num_items, logits.device)
     outputs = _cross_entropy(
         logits,
         target,
@@ -441,6 +462,7 @@ def cross_entropy(
         lse_square_scale,
         softcap,
         reduction,
+        num_items,
         use_token_scaling,
         return_token_accuracy,
         return_predicted_tokens,
@@ -483,8 +505,7 @@ def fused_linear_cross_entropy(
         bias: `[classes]`, of the input's dtype.
         ce_weight: `[classes]`, the class weights of `cross_entropy`.
         ignore_index, reduction, label_smoothing, lse_square_scale, softcap: as in `cross_entropy`.
-        num_items: with `"mean"`, what the sum is divided by in place of the number of targets that count: a
-            number, or a tensor of one element on any device. It is never read on the host.
+        num_items: as in `cross_entropy`.
         accum_dtype: `torch.float32` accumulates the weight's gradient over the chunks in float32; by default
             in the weight's dtype.
         workspace_bytes: what a call may take beside its results. By default 512 MiB on CUDA; on the CPU a
@@ -516,12 +537,7 @@ def fused_linear_cross_entropy(
         with them), and each chunk of logits: written by its product, read for the loss, replaced by its
         gradient, and read by two products.
     """
-    if num_items is not None:
-        if isinstance(num_items, Tensor):
-            num_items = num_items.to(input.device, non_blocking=True).reshape(())
-        else:
-            # A fill on the device: copying a number there would wait for it.
-            num_items = torch.full((), num_items, device=input.device, dtype=torch.float32)
+    num_items = _one_number(num_items, input.device)
     outputs = _fused_linear_cross_entropy(
         input,
         weight,

@@ -1,6 +1,7 @@
 """What is special about cross entropy; the contract is in test_loss_contract.py."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,53 @@ def test_float32_class_weights_beside_16_bit_logits(device):
     torch.testing.assert_close(dlogits.double(), exact_gradient, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("items", [7, torch.tensor([7]), torch.tensor(7.0)], ids=["number", "int", "float"])
+def test_num_items(device, items):
+    """It replaces the divisor of the mean, of the z-loss too."""
+    logits = torch.randn(5, 30, device=device)
+    target = torch.tensor([1, -100, 3, 4, 29], device=device)
+    summed = partial(cross_entropy, reduction="sum", lse_square_scale=0.5)
+    ours = gradient(partial(cross_entropy, num_items=items, lse_square_scale=0.5), logits, target)
+    expected = gradient(lambda *args: summed(*args) / 7, logits, target)
+    torch.testing.assert_close(ours, expected)
+    details = cross_entropy(logits, target, num_items=items, lse_square_scale=0.5, return_z_loss=True)
+    torch.testing.assert_close(details.z_loss, summed(logits, target, return_z_loss=True).z_loss / 7)
+
+
+def test_num_items_replaces_the_divisor_of_the_mean(device):
+    logits, target = torch.randn(2, 5, device=device), torch.tensor([1, 2], device=device)
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match='num_items replaces the divisor of reduction "mean", got'):
+            cross_entropy(logits, target, num_items=7, reduction=reduction)
+    with pytest.raises(ValueError, match=r"cross_entropy: num_items must have one element, got shape \[2\]"):
+        torch.ops.liger.cross_entropy(logits, target, num_items=torch.ones(2, device=device))
+    with pytest.raises(NotImplementedError, match="gradient with respect to num_items is not implemented"):
+        cross_entropy(logits, target, num_items=torch.ones((), device=device, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [33, 4096, 32008])
+def test_gradient_computed_with_the_loss(device, dtype, classes):
+    """Forward, where its gradient is needed, and backward write the same one."""
+    logits = torch.randn(9, classes, device=device).to(dtype)
+    target = torch.randint(classes, (9,), device=device)
+    target[4] = -100
+    items = torch.tensor(5.0, device=device)
+    options = (-100, 0.0, 1e-4, None, "mean")
+    loss, _, lse, _, _, lse_low, totals, dlogits = torch.ops.liger.cross_entropy_forward(
+        logits, target, None, *options, items, False, False, False, True
+    )
+    plain = torch.ops.liger.cross_entropy_forward(
+        logits, target, None, *options, items, False, False, False, False
+    )
+    assert torch.equal(loss, plain[0]) and plain[-1].shape == (0,)
+    expected = torch.ops.liger.cross_entropy_backward(
+        torch.ones((), device=device), logits, target, None, lse, lse_low, totals, *options, False
+    )
+    assert dlogits.dtype == dtype and (dlogits[4] == 0).all()
+    torch.testing.assert_close(dlogits, expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_backward_operator_checks_its_targets():
     logits, lse, totals = torch.randn(2, 5), torch.zeros(2), torch.ones(3)
     with pytest.raises(IndexError, match="liger::cross_entropy_backward: target must be in"):
@@ -147,3 +195,90 @@ def test_backward_operator_checks_its_targets():
             "mean",
             False,
         )
+
+
+@pytest.mark.gpu
+class TestOnePass:
+    """bfloat16 logits that a GPU can keep on the chip: their gradient is computed together with the loss."""
+
+    @pytest.fixture
+    def logits(self):
+        if torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("needs 65 KiB of shared memory a block")
+        return torch.randn(64, 4096, device="cuda").bfloat16().requires_grad_()
+
+    @pytest.fixture
+    def target(self):
+        target = torch.randint(4096, (64,), device="cuda")
+        target[5] = -100
+        return target
+
+    def test_where(self, logits, target):
+        def node(x=logits, **options):
+            loss = cross_entropy(x, target, **options)
+            return type((loss if isinstance(loss, torch.Tensor) else loss.loss).grad_fn).__name__
+
+        one, two = "CrossEntropyOnePassBackward", "CrossEntropyBackward"
+        weight = torch.ones(4096, device="cuda")
+        for options in ({}, dict(reduction="sum"), dict(lse_square_scale=0.1), dict(use_token_scaling=True)):
+            assert one in node(**options) and one in node(weight=weight, return_z_loss=True, **options)
+        others = [dict(reduction="none"), dict(softcap=30.0), dict(label_smoothing=0.1)]
+        for options in (*others, dict(return_token_accuracy=True), dict(return_predicted_tokens=True)):
+            assert one not in node(**options) and two in node(**options)
+        # Dtypes that have no such kernel, or cannot hold a gradient without its factor; rows of odd lengths.
+        for x in (logits.float(), logits.half(), logits[:, :4095]):
+            with torch.no_grad():
+                target.clamp_(max=4094)
+            assert one not in node(x)
+
+    @pytest.mark.parametrize("upstream", [1.0, 4.0, 0.3])
+    def test_upstream(self, logits, target, upstream):
+        """A power of two scales exactly; others round once more."""
+        _, expected = gradient(F.cross_entropy, logits.double(), target)
+        (upstream * cross_entropy(logits, target)).backward()
+        error = (logits.grad.double() / upstream - expected).norm() / expected.norm()
+        assert error < (2**-9 if upstream != 0.3 else 2**-8)
+        _, alone = gradient(cross_entropy, logits, target)
+        if upstream != 0.3:
+            assert torch.equal(logits.grad, upstream * alone)
+
+    def test_passes(self, logits, target):
+        """The saved gradient outlives passes over a graph that is kept, and its memory is given out once."""
+        loss = cross_entropy(logits, target)
+        first, second = (torch.autograd.grad(3 * loss, logits, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        (last,) = torch.autograd.grad(3 * loss, logits)
+        assert torch.equal(last, first)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, logits)
+
+    def test_memory(self, logits, target):
+        """Backward takes none: what forward wrote is the gradient."""
+        cross_entropy(logits, target).backward()
+        logits.grad = None
+        loss = 0.3 * cross_entropy(logits, target)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss.backward()
+        assert torch.cuda.max_memory_allocated() - before < logits.nbytes // 4
+
+    def test_not_differentiable_twice(self, logits, target):
+        (first,) = torch.autograd.grad(cross_entropy(logits, target), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="not implemented"):
+            first.sum().backward()
+
+    def test_compiled(self, logits, target):
+        """The graph has the same kernels, so the same bits."""
+        expected = gradient(cross_entropy, logits, target)
+        compiled = torch.compile(cross_entropy, fullgraph=True)
+        for a, b in zip(gradient(compiled, logits, target), expected, strict=True):
+            assert torch.equal(a, b)
+
+    def test_strides_and_alignment(self, target):
+        wide = torch.randn(64, 4096 + 24, device="cuda").bfloat16()
+        for start in (0, 1, 8):
+            logits = wide[:, start : start + 4096]
+            expected = gradient(cross_entropy, logits.contiguous(), target)
+            ours = gradient(lambda x, t: cross_entropy(x[:, start : start + 4096], t), wide, target)
+            torch.testing.assert_close(ours[0], expected[0])
+            torch.testing.assert_close(ours[1][:, start : start + 4096], expected[1])

@@ -139,9 +139,23 @@ void reduce_cpu(const CrossEntropyReduce& args) {
   });
 }
 
+void scale_cpu(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out) {
+  const double factor =
+      scale.scalar_type() == at::kDouble ? *scale.const_data_ptr<double>() : *scale.const_data_ptr<float>();
+  if (factor == 1 && out.is_same(grad)) return;
+  cpu::kernels().scale({.dtype = grad.scalar_type(),
+      .in = grad.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .size = grad.numel(),
+      .factor = factor});
+}
+
 }  // namespace
 
-const CrossEntropyDevice kCrossEntropyCpu = {
-    .totals = totals_cpu, .forward = forward_cpu, .backward = backward_cpu, .reduce = reduce_cpu};
+const CrossEntropyDevice kCrossEntropyCpu = {.totals = totals_cpu,
+    .forward = forward_cpu,
+    .backward = backward_cpu,
+    .reduce = reduce_cpu,
+    .scale = scale_cpu};
 
 }  // namespace liger

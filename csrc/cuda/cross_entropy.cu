@@ -202,9 +202,42 @@ void reduce_cuda(const CrossEntropyReduce& args) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void scale_cuda(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out) {
+  const int64_t size = grad.numel();
+  if (size == 0) return;
+  cuda::dispatch_floating(grad.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const auto* from = static_cast<const T*>(grad.const_data_ptr());
+    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    const auto launch = [&](auto vec) {
+      const int64_t per_block = static_cast<int64_t>(cuda::kScaleThreads) * vec();
+      const int64_t wanted = (size + per_block - 1) / per_block;
+      const auto blocks = static_cast<unsigned int>(std::min<int64_t>(wanted, 8 * cuda::multiprocessors()));
+      cuda::scale_kernel<T, vec()><<<blocks, cuda::kScaleThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+          from, scale.const_data_ptr<cuda::Accumulate<T>>(), to, size);
+    };
+    size % cuda::kVecSize<T> == 0 && cuda::aligned_pointers(from, to)
+        ? launch(std::integral_constant<int, cuda::kVecSize<T>>{})
+        : launch(std::integral_constant<int, 1>{});
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 }  // namespace
 
-const CrossEntropyDevice kCrossEntropyCuda = {
-    .totals = totals_cuda, .forward = forward_cuda, .backward = backward_cuda, .reduce = reduce_cuda};
+const CrossEntropyDevice kCrossEntropyCuda = {.totals = totals_cuda,
+    .forward = forward_cuda,
+    .backward = backward_cuda,
+    .reduce = reduce_cuda,
+    .scale = scale_cuda};
+
+bool reads_logits_once_cuda(int64_t classes, c10::DeviceIndex device) {
+  using T = __nv_bfloat16;
+  // A build with CUDA may see logits of a GPU that is not there: fake ones.
+  if (c10::cuda::device_count() == 0 || classes % cuda::kVecSize<T> != 0) return false;
+  const c10::cuda::OptionalCUDAGuard guard(device < 0 ? c10::cuda::current_device() : device);
+  return with_resident_config(
+      classes / cuda::kVecSize<T>, [](auto config) { return cuda::fits_shared_memory(config.shared_bytes); });
+}
 
 }  // namespace liger

@@ -1,5 +1,3 @@
-#include "cuda/fused_linear_cross_entropy.cuh"
-
 #include <ATen/ops/addmm.h>
 
 #include <algorithm>
@@ -10,27 +8,6 @@
 namespace liger {
 
 namespace {
-
-void scale(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out) {
-  const int64_t size = grad.numel();
-  if (size == 0) return;
-  cuda::dispatch_floating(grad.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const auto* from = static_cast<const T*>(grad.const_data_ptr());
-    auto* to = static_cast<T*>(out.mutable_data_ptr());
-    const auto launch = [&](auto vec) {
-      const int64_t per_block = static_cast<int64_t>(cuda::kScaleThreads) * vec();
-      const int64_t wanted = (size + per_block - 1) / per_block;
-      const auto blocks = static_cast<unsigned int>(std::min<int64_t>(wanted, 8 * cuda::multiprocessors()));
-      cuda::scale_kernel<T, vec()><<<blocks, cuda::kScaleThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-          from, scale.const_data_ptr<cuda::Accumulate<T>>(), to, size);
-    };
-    size % cuda::kVecSize<T> == 0 && cuda::aligned_pointers(from, to)
-        ? launch(std::integral_constant<int, cuda::kVecSize<T>>{})
-        : launch(std::integral_constant<int, 1>{});
-  });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
 
 // cuBLAS widens in the product itself from Ampere on.
 void addmm_float32(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha) {
@@ -50,7 +27,6 @@ int64_t default_workspace(const at::Tensor& /*weight*/) { return int64_t{512} <<
 const FusedLinearCrossEntropyDevice kFusedLinearCrossEntropyCuda = {
     .rows = kCrossEntropyCuda,
     .addmm_float32 = addmm_float32,
-    .scale = scale,
     .default_workspace = default_workspace,
     .row_alignment_bytes = 128,
 };

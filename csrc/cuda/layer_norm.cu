@@ -19,10 +19,10 @@ bool with_backward_config(int64_t vectors, const F& f) {
   if (vectors <= 16) return f(BackwardConfig<1, 16, 32, 2, 1>{});
   if (vectors <= 32) return f(BackwardConfig<1, 32, 16, 2, 1>{});
   if (vectors <= 64) return f(BackwardConfig<2, 32, 8, 1, 2>{});
-  if (vectors <= 128) return f(BackwardConfig<1, 128, 1, 2, 4>{});
-  if (vectors <= 256) return f(BackwardConfig<1, 256, 1, 2, 2>{});
-  if (vectors <= 512) return f(BackwardConfig<2, 256, 1, 2, 1>{});
-  if (vectors <= 1024) return f(BackwardConfig<2, 512, 1, 1, 1>{});
+  if (vectors <= 128) return f(BackwardConfig<1, 128, 1, 3, 3>{});
+  if (vectors <= 256) return f(BackwardConfig<1, 256, 1, 3, 2>{});
+  if (vectors <= 512) return f(BackwardConfig<2, 256, 1, 3, 1>{});
+  if (vectors <= 1024) return f(BackwardConfig<2, 512, 1, 2, 1>{}) || f(BackwardConfig<2, 512, 1, 1, 1>{});
   if (vectors <= 2048) return f(BackwardConfig<4, 512, 1, 1, 1>{});
   return false;
 }

@@ -8,11 +8,12 @@
 // once, y written once.
 //
 // Backward: dx = rstd * (m - mean(m) - n * mean(m * n)) with m = dy * weight. One reduction gives the sums of
-// m, m * d and d = x - mean, from which the three means follow. Each block of a grid that fits the GPU has a
-// stretch of rows. A row's threads take ROWS of them at a time, whose sums share a barrier, while the next
-// are copied to shared memory (RowRing). Each thread keeps its columns' parts of dweight = sum(dy * n) and
-// dbias = sum(dy) in registers, each block writes one row of partial sums of each, and column_sum_kernel adds
-// those in order. Bytes: dy and x read once, dx written once, plus the partial sums, which stay in L2.
+// m, m * d and d = x - mean, from which the three means follow. Each block of a grid that fits the GPU takes
+// rows beside those of its neighbours (RowSteps). A row's threads take ROWS of them at a time, whose sums
+// share a barrier, while the next are copied to shared memory (RowRing). Each thread keeps its columns' parts
+// of dweight = sum(dy * n) and dbias = sum(dy) in registers, each block writes one row of partial sums of
+// each, and column_sum_kernel adds those in order. Bytes: dy and x read once, dx written once, plus the
+// partial sums, which stay in L2.
 //
 // Rows that are too wide for a block, and rows that vectors do not fit, are read again for every step:
 // forward by layer_norm_forward_loop_kernel; backward first by rows for the means, then by columns, where
@@ -53,9 +54,9 @@ struct RowNormalizer {
 
 // From the sums over a row of d = x - center and of d * d.
 template <typename A>
-__device__ __forceinline__ RowNormalizer<A> row_normalizer(A center, Tuple<A, 2> sums, int cols, A eps) {
-  const A correction = sums.data[0] / static_cast<A>(cols);
-  const A variance = sums.data[1] / static_cast<A>(cols) - correction * correction;
+__device__ __forceinline__ RowNormalizer<A> row_normalizer(A center, const A (&sums)[2], int cols, A eps) {
+  const A correction = sums[0] / static_cast<A>(cols);
+  const A variance = sums[1] / static_cast<A>(cols) - correction * correction;
   // Rounding may leave a constant row a variance below 0. A NaN stays.
   return {center, correction, A(1) / sqrt((variance < 0 ? A(0) : variance) + eps)};
 }
@@ -70,12 +71,12 @@ __device__ __forceinline__ Accumulate<T> sum_of(const Packed<T, VEC>& x) {
 
 template <typename T, int VEC>
 __device__ __forceinline__ void add_differences(
-    const Packed<T, VEC>& x, Accumulate<T> center, Tuple<Accumulate<T>, 2>& sums) {
+    const Packed<T, VEC>& x, Accumulate<T> center, Accumulate<T> (&sums)[2]) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     const auto difference = x[i] - center;
-    sums.data[0] += difference;
-    sums.data[1] += difference * difference;
+    sums[0] += difference;
+    sums[1] += difference * difference;
   }
 }
 
@@ -103,8 +104,8 @@ template <typename T, typename W, int VEC, int NV, int TPR, int RPB>
 __global__ void __launch_bounds__(TPR* RPB) layer_norm_forward_kernel(LayerNormArguments<T, W> args) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<A, TPR, RPB>;
-  using Sum2 = RowSum<Tuple<A, 2>, TPR, RPB>;
+  using Sum = RowSum<A, 1, TPR, RPB>;
+  using Sum2 = RowSum<A, 2, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
   __shared__ typename Sum2::Storage storage2;
   const int lane = threadIdx.x % TPR;
@@ -124,12 +125,13 @@ __global__ void __launch_bounds__(TPR* RPB) layer_norm_forward_kernel(LayerNormA
     if ((v * TPR + lane) * VEC < args.cols) total += sum_of(held[v]);
   }
   const A center = Sum(storage).all(total) / static_cast<A>(args.cols);
-  Tuple<A, 2> sums = {};
+  A sums[2] = {};
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
     if ((v * TPR + lane) * VEC < args.cols) add_differences(held[v], center, sums);
   }
-  const auto normalize = row_normalizer(center, Sum2(storage2).all(sums), args.cols, args.eps);
+  Sum2(storage2).all(sums);
+  const auto normalize = row_normalizer(center, sums, args.cols, args.eps);
   if (lane == 0) write_statistics(args, normalize, row);
 #pragma unroll
   for (int v = 0; v < NV; ++v) {
@@ -142,8 +144,8 @@ template <typename T, typename W, int VEC, int THREADS>
 __global__ void __launch_bounds__(THREADS, 2) layer_norm_forward_loop_kernel(LayerNormArguments<T, W> args) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<A, THREADS, 1>;
-  using Sum2 = RowSum<Tuple<A, 2>, THREADS, 1>;
+  using Sum = RowSum<A, 1, THREADS, 1>;
+  using Sum2 = RowSum<A, 2, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   __shared__ typename Sum2::Storage storage2;
   const int64_t row = blockIdx.x;
@@ -153,11 +155,12 @@ __global__ void __launch_bounds__(THREADS, 2) layer_norm_forward_loop_kernel(Lay
     total += sum_of(V::load(x + col));
   }
   const A center = Sum(storage).all(total) / static_cast<A>(args.cols);
-  Tuple<A, 2> sums = {};
+  A sums[2] = {};
   for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
     add_differences(V::load(x + col), center, sums);
   }
-  const auto normalize = row_normalizer(center, Sum2(storage2).all(sums), args.cols, args.eps);
+  Sum2(storage2).all(sums);
+  const auto normalize = row_normalizer(center, sums, args.cols, args.eps);
   if (threadIdx.x == 0) write_statistics(args, normalize, row);
   for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
     write_layer_norm(args, V::load(x + col), normalize, row, col);
@@ -186,21 +189,21 @@ struct RowMeans {
 
 // From the sums over a row of m, m * d and d, with d = x - mean.
 template <typename A>
-__device__ __forceinline__ RowMeans<A> row_means(Tuple<A, 3> sums, A rstd, A inverse_size) {
-  const A correction = sums.data[2] * inverse_size, m = sums.data[0] * inverse_size;
-  return {correction, m, rstd * (sums.data[1] * inverse_size - correction * m)};
+__device__ __forceinline__ RowMeans<A> row_means(const A* sums, A rstd, A inverse_size) {
+  const A correction = sums[2] * inverse_size, m = sums[0] * inverse_size;
+  return {correction, m, rstd * (sums[1] * inverse_size - correction * m)};
 }
 
 template <typename T, int VEC>
 __device__ __forceinline__ void add_moments(const Packed<T, VEC>& dy, const Packed<T, VEC>& x,
-    const Accumulate<T> (&weight)[VEC], Accumulate<T> mean, Tuple<Accumulate<T>, 3>& sums) {
+    const Accumulate<T> (&weight)[VEC], Accumulate<T> mean, Accumulate<T>* sums) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     const auto m = dy[i] * weight[i];
     const auto difference = x[i] - mean;
-    sums.data[0] += m;
-    sums.data[1] += m * difference;
-    sums.data[2] += difference;
+    sums[0] += m;
+    sums[1] += m * difference;
+    sums[2] += difference;
   }
 }
 
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   using A = Accumulate<T>;
   constexpr int VEC = kVecSize<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<Tuple<Tuple<A, 3>, ROWS>, TPR, RPB>;
+  using Sum = RowSum<A, 3 * ROWS, TPR, RPB>;
   constexpr int kStep = ROWS * RPB;
   // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
   constexpr bool kHold = NV <= 2;
@@ -245,14 +248,14 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   const bool wants_n = args.dx != nullptr || args.partial_weight != nullptr;
   const A inverse_size = A(1) / static_cast<A>(args.cols);
 
-  // The block's rows, and those of this thread among the first.
-  const int64_t begin = args.rows * blockIdx.x / gridDim.x, end = args.rows * (blockIdx.x + 1) / gridDim.x;
-  const int64_t offset = threadIdx.x / TPR * ROWS;
-  const auto fetch = [&](int64_t first) {
+  const RowSteps<kStep> steps(args.rows);
+  // Where this thread's rows begin among those of a step.
+  const int offset = threadIdx.x / TPR * ROWS;
+  const auto fetch = [&](const RowRange& rows) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int64_t row = first + r;
-      if (row >= end) break;
+      const int64_t row = rows.begin + offset + r;
+      if (row >= rows.end) break;
 #pragma unroll
       for (int v = 0; v < NV; ++v) {
         const int col = column(v);
@@ -263,18 +266,20 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     }
     ring.commit();
   };
-  const auto load_statistics = [&](int64_t first, A(&mean)[ROWS], A(&rstd)[ROWS]) {
+  const auto load_statistics = [&](const RowRange& rows, A(&mean)[ROWS], A(&rstd)[ROWS]) {
+    const int64_t first = rows.begin + offset;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const bool mine = first + r < end;
+      const bool mine = first + r < rows.end;
       mean[r] = mine ? args.mean[first + r] : A(0);
       rstd[r] = mine ? args.rstd[first + r] : A(0);
     }
   };
 
-  fetch(begin + offset);
+  RowRange rows = steps(0);
+  fetch(rows);
   A mean[ROWS], rstd[ROWS];
-  load_statistics(begin + offset, mean, rstd);
+  load_statistics(rows, mean, rstd);
   A held_weight[kHold ? NV : 1][VEC];
   if constexpr (kHold) {
 #pragma unroll
@@ -285,18 +290,19 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   A dweight[NV][VEC] = {};
   A dbias[NV][VEC] = {};
 
-  for (int64_t start = begin; start < end; start += kStep) {
-    const int64_t first = start + offset;
+  for (int64_t step = 0; rows.begin < rows.end; ++step) {
+    const int64_t first = rows.begin + offset;
+    const RowRange next = steps(step + 1);
     ring.next();
-    fetch(first + kStep);
+    fetch(next);
     A next_mean[ROWS], next_rstd[ROWS];
-    load_statistics(first + kStep, next_mean, next_rstd);
+    load_statistics(next, next_mean, next_rstd);
     ring.wait();
     V dy[ROWS][kHold ? NV : 1], x[ROWS][kHold ? NV : 1];
-    Tuple<Tuple<A, 3>, ROWS> sums = {};
+    A sums[3 * ROWS] = {};
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      if (first + r >= end) break;
+      if (first + r >= rows.end) break;
 #pragma unroll
       for (int v = 0; v < NV; ++v) {
         if (column(v) >= args.cols) break;
@@ -306,17 +312,17 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
         x_held = ring(r, 1, v);
         A read_weight[VEC];
         if constexpr (!kHold) load_wide_or<W, VEC>(args.weight, column(v), 1, read_weight);
-        add_moments(dy_held, x_held, kHold ? held_weight[kHold ? v : 0] : read_weight, mean[r], sums.data[r]);
+        add_moments(dy_held, x_held, kHold ? held_weight[kHold ? v : 0] : read_weight, mean[r], sums + 3 * r);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) dbias[v][i] += dy_held[i];
       }
     }
     if (wants_n) {
-      sums = sum.all(sums);
+      sum.all(sums);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        if (first + r >= end) break;
-        const auto means = row_means(sums.data[r], rstd[r], inverse_size);
+        if (first + r >= rows.end) break;
+        const auto means = row_means(sums + 3 * r, rstd[r], inverse_size);
         const RowNormalizer<A> normalize = {mean[r], means.correction, rstd[r]};
 #pragma unroll
         for (int v = 0; v < NV; ++v) {
@@ -334,6 +340,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
       mean[r] = next_mean[r];
       rstd[r] = next_rstd[r];
     }
+    rows = next;
   }
   allow_column_sum();
   write_partial_sums<TPR, RPB>(dweight, args.partial_weight, args.cols, shared);
@@ -346,11 +353,11 @@ __global__ void __launch_bounds__(THREADS, 2)
     layer_norm_backward_rows_kernel(LayerNormBackwardArguments<T, W> args, RowMeans<Accumulate<T>>* means) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<Tuple<A, 3>, THREADS, 1>;
+  using Sum = RowSum<A, 3, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
   const A mean = args.mean[row];
-  Tuple<A, 3> sums = {};
+  A sums[3] = {};
   for (int col = threadIdx.x * VEC; col < args.cols; col += THREADS * VEC) {
     const V dy = V::load(args.dy + row * args.dy_stride + col);
     const V x = V::load(args.x + row * args.x_stride + col);
@@ -358,7 +365,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     load_wide_or<W, VEC>(args.weight, col, 1, weight);
     add_moments(dy, x, weight, mean, sums);
   }
-  const auto result = row_means(Sum(storage).all(sums), args.rstd[row], A(1) / static_cast<A>(args.cols));
+  Sum(storage).all(sums);
+  const auto result = row_means(sums, args.rstd[row], A(1) / static_cast<A>(args.cols));
   if (threadIdx.x == 0) means[row] = result;
 }
 

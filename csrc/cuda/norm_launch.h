@@ -114,13 +114,16 @@ inline void sum_columns(
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(grid_size(op, cols, kColumnSumWidth), second.partial.defined() ? 2 : 1);
-    config.blockDim = dim3(kColumnSumWidth, kColumnSumHeight);
+    config.blockDim = kColumnSumLanes * kColumnSumHeight;
     config.stream = stream;
     config.attrs = &early;
     config.numAttrs = at::cuda::getCurrentDeviceProperties()->major >= 9 ? 1 : 0;
-    C10_CUDA_CHECK(
-        cudaLaunchKernelEx(&config, column_sum_kernel<A, W>, sums(first), sums(second), blocks, cols));
+    // The allocator aligns what the partial sums are in.
+    with_vector_size<A>(cols % kVecSize<A> == 0, [&](auto vec) {
+      config.gridDim = dim3(grid_size(op, cols, kColumnSumLanes * vec()), second.partial.defined() ? 2 : 1);
+      C10_CUDA_CHECK(cudaLaunchKernelEx(
+          &config, column_sum_kernel<A, W, vec()>, sums(first), sums(second), blocks, cols));
+    });
   });
 }
 

@@ -9,12 +9,12 @@
 // RESIDUAL: x and residual read, sum and y written.
 //
 // Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum: the
-// gradient of x and of residual. Each block of a grid that fits the GPU has a stretch of rows. A row's
-// threads take ROWS of them at a time, whose sums share a barrier, while the next are copied to shared memory
-// (RowRing): one block of few warps keeps a multiprocessor's share of memory busy. Each thread keeps its
-// columns' part of dweight = sum(dy * n) in registers, each block writes one row of partial sums, and
-// column_sum_kernel adds those in order. Bytes: dy, x and dsum read once, dx written once, plus the partial
-// sums, which stay in L2.
+// gradient of x and of residual. Each block of a grid that fits the GPU takes rows
+// beside those of its neighbours (RowSteps). A row's threads take ROWS of them at a time, whose sums share a
+// barrier, while the next are copied to shared memory (RowRing): one block of few warps keeps a
+// multiprocessor's share of memory busy. Each thread keeps its columns' part of dweight = sum(dy * n) in
+// registers, each block writes one row of partial sums, and column_sum_kernel adds those in order. Bytes: dy,
+// x and dsum read once, dx written once, plus the partial sums, which stay in L2.
 //
 // Rows that are too wide for a block, and rows that vectors do not fit, are read twice: forward by
 // rms_norm_forward_loop_kernel; backward first by rows for mean(m * n), then by columns, where nothing is
@@ -78,7 +78,7 @@ template <typename T, typename W, int VEC, int NV, int TPR, int RPB, bool RESIDU
 __global__ void __launch_bounds__(TPR* RPB) rms_norm_forward_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<A, TPR, RPB>;
+  using Sum = RowSum<A, 1, TPR, RPB>;
   __shared__ typename Sum::Storage storage;
   Sum sum(storage);
   const int lane = threadIdx.x % TPR;
@@ -148,7 +148,7 @@ template <typename T, typename W, int VEC, int THREADS, bool RESIDUAL>
 __global__ void __launch_bounds__(THREADS, 2) rms_norm_forward_loop_kernel(RmsNormArguments<T, W> args) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<A, THREADS, 1>;
+  using Sum = RowSum<A, 1, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
   const T* x = args.x + row * args.x_stride;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   using A = Accumulate<T>;
   constexpr int VEC = kVecSize<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<Tuple<A, ROWS>, TPR, RPB>;
+  using Sum = RowSum<A, ROWS, TPR, RPB>;
   constexpr int kStep = ROWS * RPB;
   // Wider rows leave no registers for these: they are read again, from L1 and from shared memory.
   constexpr bool kHold = NV <= 2;
@@ -242,14 +242,14 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   const bool has_dsum = RESIDUAL && args.dsum != nullptr;
   const A inverse_size = A(1) / static_cast<A>(args.cols);
 
-  // The block's rows, and those of this thread among the first.
-  const int64_t begin = args.rows * blockIdx.x / gridDim.x, end = args.rows * (blockIdx.x + 1) / gridDim.x;
-  const int64_t offset = threadIdx.x / TPR * ROWS;
-  const auto fetch = [&](int64_t first) {
+  const RowSteps<kStep> steps(args.rows);
+  // Where this thread's rows begin among those of a step.
+  const int offset = threadIdx.x / TPR * ROWS;
+  const auto fetch = [&](const RowRange& rows) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int64_t row = first + r;
-      if (row >= end) break;
+      const int64_t row = rows.begin + offset + r;
+      if (row >= rows.end) break;
 #pragma unroll
       for (int v = 0; v < NV; ++v) {
         const int col = column(v);
@@ -261,14 +261,16 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     }
     ring.commit();
   };
-  const auto load_rstd = [&](int64_t first, A(&rstd)[ROWS]) {
+  const auto load_rstd = [&](const RowRange& rows, A(&rstd)[ROWS]) {
+    const int64_t first = rows.begin + offset;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) rstd[r] = first + r < end ? args.rstd[first + r] : A(0);
+    for (int r = 0; r < ROWS; ++r) rstd[r] = first + r < rows.end ? args.rstd[first + r] : A(0);
   };
 
-  fetch(begin + offset);
+  RowRange rows = steps(0);
+  fetch(rows);
   A rstd[ROWS];
-  load_rstd(begin + offset, rstd);
+  load_rstd(rows, rstd);
   A held_scale[kHold ? NV : 1][VEC];
   if constexpr (kHold) {
 #pragma unroll
@@ -278,19 +280,20 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
   }
   A sums[NV][VEC] = {};
 
-  for (int64_t start = begin; start < end; start += kStep) {
-    const int64_t first = start + offset;
+  for (int64_t step = 0; rows.begin < rows.end; ++step) {
+    const int64_t first = rows.begin + offset;
+    const RowRange next = steps(step + 1);
     ring.next();
-    fetch(first + kStep);
+    fetch(next);
     A next_rstd[ROWS];
-    load_rstd(first + kStep, next_rstd);
+    load_rstd(next, next_rstd);
     ring.wait();
     V dy[ROWS][kHold ? NV : 1], x[ROWS][kHold ? NV : 1];
-    Tuple<A, ROWS> dot = {};
+    A dot[ROWS] = {};
     const auto add_rows = [&](auto round) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        if (first + r >= end) break;
+        if (first + r >= rows.end) break;
 #pragma unroll
         for (int v = 0; v < NV; ++v) {
           if (column(v) >= args.cols) break;
@@ -305,7 +308,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
 #pragma unroll
           for (int i = 0; i < VEC; ++i) {
             n[i] = x_held[i] * rstd[r];
-            dot.data[r] += dy_held[i] * scale[i] * n[i];
+            dot[r] += dy_held[i] * scale[i] * n[i];
           }
           if constexpr (decltype(round)::value) round_all<T>(n);
 #pragma unroll
@@ -320,11 +323,11 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
       add_rows(std::false_type{});
     }
     if (args.dx != nullptr) {
-      dot = sum.all(dot);
+      sum.all(dot);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        if (first + r >= end) break;
-        const A mean = dot.data[r] * inverse_size;
+        if (first + r >= rows.end) break;
+        const A mean = dot[r] * inverse_size;
 #pragma unroll
         for (int v = 0; v < NV; ++v) {
           if (column(v) >= args.cols) break;
@@ -338,6 +341,7 @@ __global__ void __launch_bounds__(TPR* RPB, BLOCKS_PER_SM)
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) rstd[r] = next_rstd[r];
+    rows = next;
   }
   allow_column_sum();
   write_partial_sums<TPR, RPB>(sums, args.partial, args.cols, shared);
@@ -349,7 +353,7 @@ __global__ void __launch_bounds__(THREADS)
     rms_norm_backward_rows_kernel(RmsNormBackwardArguments<T, W> args, Accumulate<T>* mean_mn) {
   using A = Accumulate<T>;
   using V = Packed<T, VEC>;
-  using Sum = RowSum<A, THREADS, 1>;
+  using Sum = RowSum<A, 1, THREADS, 1>;
   __shared__ typename Sum::Storage storage;
   const int64_t row = blockIdx.x;
   const A rstd = args.rstd[row];

@@ -8,25 +8,28 @@
 #include "ops/cross_entropy_rows.h"
 #include "ops/dispatch.h"
 #include "ops/node.h"
+#include "ops/reuse.h"
 
 namespace liger {
 
 CrossEntropyOutputs cross_entropy(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens) {
   static const auto op = find_operator("liger::cross_entropy", cross_entropy);
   return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
-      use_token_scaling, return_token_accuracy, return_predicted_tokens);
+      num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens);
 }
 
 CrossEntropyForward cross_entropy_forward(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, bool need_dlogits) {
   static const auto op = find_operator("liger::cross_entropy_forward", cross_entropy_forward);
   return op.call(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
-      use_token_scaling, return_token_accuracy, return_predicted_tokens);
+      num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens, need_dlogits);
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target,
@@ -36,6 +39,29 @@ at::Tensor cross_entropy_backward(const at::Tensor& dloss, const at::Tensor& log
   static const auto op = find_operator("liger::cross_entropy_backward", cross_entropy_backward);
   return op.call(dloss, logits, target, weight, lse, lse_low, totals, ignore_index, label_smoothing,
       lse_square_scale, softcap, reduction, use_token_scaling);
+}
+
+at::Tensor cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
+  static const auto op = find_operator("liger::cross_entropy_scale", cross_entropy_scale);
+  return op.call(grad, scale);
+}
+
+void cross_entropy_scale_(at::Tensor& grad, const at::Tensor& scale) {
+  static const auto op = find_operator("liger::cross_entropy_scale_", cross_entropy_scale_);
+  op.call(grad, scale);
+}
+
+at::Tensor scaled_gradient(const at::Tensor& saved, const at::Tensor& upstream) {
+  if (at::GradMode::is_enabled()) {
+    // create_graph=True. The saved gradient depends on arguments of the loss, which no graph knows of. With a
+    // factor that wants a gradient, the result gets a node that says so when it is differentiated.
+    const auto factor = upstream.requires_grad() ? upstream : upstream.detach().requires_grad_();
+    return cross_entropy_scale(saved, factor);
+  }
+  if (!can_overwrite(saved)) return cross_entropy_scale(saved, upstream);
+  auto gradient = saved;
+  cross_entropy_scale_(gradient, upstream);
+  return gradient;
 }
 
 namespace {
@@ -95,14 +121,30 @@ void check_target_and_class_weight(const char* op, const at::Tensor& target,
   }
 }
 
+void check_num_items(const char* op, const std::optional<at::Tensor>& num_items, const at::Tensor& values,
+    const char* values_name, std::string_view reduction) {
+  if (!num_items) return;
+  check_same_device({op, "num_items", *num_items}, {op, values_name, values});
+  TORCH_CHECK_TYPE(
+      at::isFloatingType(num_items->scalar_type()) || at::isIntegralType(num_items->scalar_type(), false),
+      "liger::", op, ": num_items must hold a number, got dtype ", dtype_name(num_items->scalar_type()));
+  TORCH_CHECK_VALUE(num_items->sym_numel().sym_eq(1).expect_true(__FILE__, __LINE__), "liger::", op,
+      ": num_items must have one element, got shape ", num_items->sym_sizes());
+  TORCH_CHECK_VALUE(reduction == "mean", "liger::", op,
+      ": num_items replaces the divisor of reduction \"mean\", got reduction \"", std::string(reduction),
+      "\"");
+}
+
 CrossEntropyOptions check_cross_entropy(const char* op, const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens) {
   const Argument logits_arg{op, "logits", logits};
   check_floating(logits_arg);
   check_dim(logits_arg, 2);
   check_target_and_class_weight(op, target, weight, "weight", logits, "logits", logits.sym_size(1));
+  check_num_items(op, num_items, logits, "logits", reduction);
   return check_cross_entropy_options(op, ignore_index, label_smoothing, lse_square_scale, softcap, reduction,
       use_token_scaling, return_token_accuracy, return_predicted_tokens);
 }
@@ -114,8 +156,8 @@ CrossEntropyOptions check_cross_entropy_backward(const at::Tensor& dloss, const 
     bool use_token_scaling) {
   constexpr auto op = "cross_entropy_backward";
   const auto options = check_cross_entropy(op, logits, target, weight, ignore_index, label_smoothing,
-      lse_square_scale, softcap, reduction, use_token_scaling, /*return_token_accuracy=*/false,
-      /*return_predicted_tokens=*/false);
+      lse_square_scale, softcap, reduction, /*num_items=*/{}, use_token_scaling,
+      /*return_token_accuracy=*/false, /*return_predicted_tokens=*/false);
   const Argument logits_arg{op, "logits", logits};
   const Argument lse_arg{op, "lse", lse};
   const Argument dloss_arg{op, "dloss", dloss};
@@ -130,6 +172,18 @@ CrossEntropyOptions check_cross_entropy_backward(const at::Tensor& dloss, const 
     check_dim(dloss_arg, 0);
   }
   return options;
+}
+
+void check_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
+  constexpr auto op = "cross_entropy_scale";
+  const Argument grad_arg{op, "grad", grad};
+  const Argument scale_arg{op, "scale", scale};
+  check_floating(grad_arg);
+  check_same_device(scale_arg, grad_arg);
+  const bool fits = scale.scalar_type() == accumulate_type(grad.scalar_type());
+  TORCH_CHECK_TYPE(fits, "liger::", op, ": scale must have dtype ",
+      dtype_name(accumulate_type(grad.scalar_type())), ", got ", dtype_name(scale.scalar_type()));
+  check_dim(scale_arg, 0);
 }
 
 CrossEntropyOutputs empty_cross_entropy_outputs(
@@ -149,24 +203,29 @@ CrossEntropyOutputs empty_cross_entropy_outputs(
 CrossEntropyOutputs cross_entropy_from_forward(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
-  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens) {
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals, dlogits] =
       cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-          reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+          reduction, num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens,
+          /*need_dlogits=*/false);
   return {loss, z_loss, lse, token_accuracy, predicted_tokens};
 }
 
 CrossEntropyForward cross_entropy_forward_meta(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens, bool need_dlogits) {
   const auto options = check_cross_entropy("cross_entropy", logits, target, weight, ignore_index,
-      label_smoothing, lse_square_scale, softcap, reduction, use_token_scaling, return_token_accuracy,
-      return_predicted_tokens);
+      label_smoothing, lse_square_scale, softcap, reduction, num_items, use_token_scaling,
+      return_token_accuracy, return_predicted_tokens);
   const auto outputs = empty_cross_entropy_outputs(logits, logits.scalar_type(), options);
   const auto& lse = std::get<2>(outputs);
   return std::tuple_cat(outputs,
-      std::make_tuple(at::empty_symint(lse.sym_sizes(), lse.options()), at::empty({kTotals}, lse.options())));
+      std::make_tuple(at::empty_symint(lse.sym_sizes(), lse.options()), at::empty({kTotals}, lse.options()),
+          need_dlogits ? at::empty_symint(logits.sym_sizes(), logits.options())
+                       : at::empty({0}, logits.options())));
 }
 
 at::Tensor cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor& logits,
@@ -179,7 +238,17 @@ at::Tensor cross_entropy_backward_meta(const at::Tensor& dloss, const at::Tensor
   return at::empty_symint(logits.sym_sizes(), logits.options());
 }
 
-// Its name, which `grad_fn` shows, is one outside of this file.
+at::Tensor cross_entropy_scale_meta(const at::Tensor& grad, const at::Tensor& scale) {
+  check_cross_entropy_scale(grad, scale);
+  return at::empty_symint(grad.sym_sizes(), grad.options());
+}
+
+void cross_entropy_scale_inplace_meta(at::Tensor& grad, const at::Tensor& scale) {
+  check_cross_entropy_scale(grad, scale);
+}
+
+// The nodes have names outside of this file, which `grad_fn` shows.
+
 struct CrossEntropyBackward : BackwardNode<CrossEntropyBackward> {
   static constexpr size_t kInputs = 1;  // logits
 
@@ -206,23 +275,79 @@ struct CrossEntropyBackward : BackwardNode<CrossEntropyBackward> {
   }
 };
 
+// The gradient that was computed with the loss waits for its factor.
+struct CrossEntropyOnePassBackward : BackwardNode<CrossEntropyOnePassBackward> {
+  static constexpr size_t kInputs = 1;  // logits
+  static constexpr bool kOverwritesSaved = true;
+
+  SavedVariable dlogits;
+
+  template <typename Self>
+  static auto members(Self& self) {
+    return std::tie(self.dlogits);
+  }
+
+  static variable_list backward(const variable_list& grads, Wanted /*wanted*/, const at::Tensor& dlogits) {
+    return {scaled_gradient(dlogits, grads[0])};
+  }
+};
+
+namespace {
+
+// Whether the gradient is computed with the loss: where that spares a read of the logits, which only the
+// kernel does that keeps a 16-bit row on the chip, and where nothing is lost by a factor that comes later:
+// float16 could not hold the gradient before it.
+bool takes_one_pass(const at::Tensor& logits, double label_smoothing, std::optional<double> softcap,
+    std::string_view reduction, bool returns_predictions) {
+  if (!logits.device().is_cuda() || reads_logits_once == nullptr) return false;
+  if (logits.scalar_type() != at::kBFloat16 || logits.dim() != 2) return false;
+  if (reduction == "none" || label_smoothing != 0 || softcap || returns_predictions) return false;
+  const auto classes = logits.sym_size(1).maybe_as_int();
+  return classes && reads_logits_once(*classes, logits.device().index());
+}
+
+void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->requires_grad(),
+      "liger::cross_entropy: the gradient with respect to ", name, " is not implemented; detach() it");
+}
+
+}  // namespace
+
 CrossEntropyOutputs cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target,
     const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing,
     double lse_square_scale, std::optional<double> softcap, std::string_view reduction,
-    bool use_token_scaling, bool return_token_accuracy, bool return_predicted_tokens) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !weight || !weight->requires_grad(),
-      "liger::cross_entropy: the gradient with respect "
-      "to weight is not implemented; detach() it");
-  check_no_tangent("cross_entropy", weight);
-  const auto node = make_node<CrossEntropyBackward>("cross_entropy", logits);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (!node) {
-    return cross_entropy(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-        reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+    const std::optional<at::Tensor>& num_items, bool use_token_scaling, bool return_token_accuracy,
+    bool return_predicted_tokens) {
+  constexpr auto op = "cross_entropy";
+  if (at::GradMode::is_enabled()) {
+    check_no_gradient("weight", weight);
+    check_no_gradient("num_items", num_items);
   }
-  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals] =
-      cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
-          reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+  check_no_tangent(op, logits, weight, num_items);
+  const auto forward = [&](bool need_dlogits) {
+    return cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, lse_square_scale,
+        softcap, reduction, num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens,
+        need_dlogits);
+  };
+  if (!torch::autograd::compute_requires_grad(logits)) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return cross_entropy(logits, target, weight, ignore_index, label_smoothing, lse_square_scale, softcap,
+        reduction, num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+  }
+  if (takes_one_pass(
+          logits, label_smoothing, softcap, reduction, return_token_accuracy || return_predicted_tokens)) {
+    const auto node = make_node<CrossEntropyOnePassBackward>(op, logits);
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals, dlogits] =
+        forward(/*need_dlogits=*/true);
+    node->dlogits = SavedVariable(dlogits, /*is_output=*/false);
+    torch::autograd::set_history(loss, node);
+    return {loss, z_loss, lse, token_accuracy, predicted_tokens};
+  }
+  const auto node = make_node<CrossEntropyBackward>(op, logits);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [loss, z_loss, lse, token_accuracy, predicted_tokens, lse_low, totals, dlogits] =
+      forward(/*need_dlogits=*/false);
   node->logits = SavedVariable(logits, /*is_output=*/false);
   node->target = SavedVariable(target, /*is_output=*/false);
   node->weight = SavedVariable(weight, /*is_output=*/false);

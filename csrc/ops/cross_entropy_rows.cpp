@@ -8,6 +8,8 @@
 
 namespace liger {
 
+bool (*reads_logits_once)(int64_t classes, c10::DeviceIndex device) = nullptr;
+
 at::Tensor accumulate_weight(const std::optional<at::Tensor>& weight, at::ScalarType accumulate) {
   return weight ? weight->to(accumulate).contiguous() : at::Tensor();
 }
@@ -50,12 +52,12 @@ CrossEntropyOutputs cross_entropy_outputs(const CrossEntropyDevice& device,
 CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::string_view reduction, bool use_token_scaling, bool return_token_accuracy,
-    bool return_predicted_tokens) {
+    std::string_view reduction, const std::optional<at::Tensor>& num_items, bool use_token_scaling,
+    bool return_token_accuracy, bool return_predicted_tokens, bool need_dlogits) {
   constexpr auto op = "cross_entropy";
   const auto options =
       check_cross_entropy(op, logits, target, weight, ignore_index, label_smoothing, lse_square_scale,
-          softcap, reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens);
+          softcap, reduction, num_items, use_token_scaling, return_token_accuracy, return_predicted_tokens);
   const c10::DeviceGuard guard(logits.device());
   const auto accumulate = accumulate_type(logits.scalar_type());
   const auto stats = logits.options().dtype(accumulate);
@@ -65,13 +67,16 @@ CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, c
   device.totals({.op = op,
       .target = dense_target,
       .weight = class_weight,
+      .num_items = num_items ? num_items->to(accumulate) : at::Tensor(),
       .totals = totals,
       .classes = logits.size(1),
       .options = options});
 
   const CrossEntropyResults results(logits.size(0), stats, options, /*keep_lse_low=*/true);
+  const auto dlogits = at::empty(need_dlogits ? logits.sizes() : at::IntArrayRef{0}, logits.options());
   device.forward({.op = op,
       .logits = as_rows(logits).tensor,
+      .dlogits = need_dlogits ? dlogits : at::Tensor(),
       .target = dense_target,
       .weight = class_weight,
       .totals = totals,
@@ -80,9 +85,10 @@ CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, c
       .lse_low = results.lse_low,
       .row_scale = results.row_scale,
       .predicted = results.predicted,
-      .options = options});
+      .options = options,
+      .divide = true});
   return std::tuple_cat(cross_entropy_outputs(device, results, dense_target, totals, options),
-      std::make_tuple(results.lse_low, totals));
+      std::make_tuple(results.lse_low, totals, dlogits));
 }
 
 at::Tensor cross_entropy_backward_on(const CrossEntropyDevice& device, const at::Tensor& dloss,
@@ -106,6 +112,24 @@ at::Tensor cross_entropy_backward_on(const CrossEntropyDevice& device, const at:
       .options = options,
       .divide = true});
   return dlogits;
+}
+
+at::Tensor cross_entropy_scale_on(
+    const CrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale) {
+  check_cross_entropy_scale(grad, scale);
+  const c10::DeviceGuard guard(grad.device());
+  const auto out = at::empty(grad.sizes(), grad.options());
+  device.scale(grad.contiguous(), scale, out);
+  return out;
+}
+
+void cross_entropy_scale_inplace_on(
+    const CrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale) {
+  check_cross_entropy_scale(grad, scale);
+  const c10::DeviceGuard guard(grad.device());
+  const auto dense = grad.contiguous();
+  device.scale(dense, scale, dense);
+  if (!dense.is_same(grad)) grad.copy_(dense);
 }
 
 }  // namespace liger

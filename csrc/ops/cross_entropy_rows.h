@@ -4,6 +4,7 @@
 // device provides, and the operators written on top of them. Formulas: ops/cross_entropy.h.
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
 
 #include "ops/cross_entropy.h"
 
@@ -73,10 +74,17 @@ struct CrossEntropyDevice {
   // Reads lse and lse_low, writes dlogits.
   void (*backward)(const CrossEntropyRows&);
   void (*reduce)(const CrossEntropyReduce&);
+  // out = grad * scale (one element, on the device); both contiguous, out may be grad.
+  void (*scale)(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out);
 };
 
 extern const CrossEntropyDevice kCrossEntropyCpu;
 extern const CrossEntropyDevice kCrossEntropyCuda;
+
+// Whether a GPU computes loss and gradient of bfloat16 logits with so many classes from one read of them, so
+// that a training step gains by it. Set by registration.cpp where there are CUDA kernels.
+extern bool (*reads_logits_once)(int64_t classes, c10::DeviceIndex device);
+bool reads_logits_once_cuda(int64_t classes, c10::DeviceIndex device);
 
 // f(A{}) with A the accumulate type, which is the dtype of `stats`.
 template <typename F>
@@ -96,12 +104,16 @@ CrossEntropyOutputs cross_entropy_outputs(const CrossEntropyDevice& device,
 CrossEntropyForward cross_entropy_forward_on(const CrossEntropyDevice& device, const at::Tensor& logits,
     const at::Tensor& target, const std::optional<at::Tensor>& weight, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
-    std::string_view reduction, bool use_token_scaling, bool return_token_accuracy,
-    bool return_predicted_tokens);
+    std::string_view reduction, const std::optional<at::Tensor>& num_items, bool use_token_scaling,
+    bool return_token_accuracy, bool return_predicted_tokens, bool need_dlogits);
 at::Tensor cross_entropy_backward_on(const CrossEntropyDevice& device, const at::Tensor& dloss,
     const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
     const at::Tensor& lse, const at::Tensor& lse_low, const at::Tensor& totals, int64_t ignore_index,
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
     std::string_view reduction, bool use_token_scaling);
+at::Tensor cross_entropy_scale_on(
+    const CrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale);
+void cross_entropy_scale_inplace_on(
+    const CrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale);
 
 }  // namespace liger

@@ -1,9 +1,7 @@
 #include "ops/fused_linear_cross_entropy.h"
 
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/graph_task.h>
 
 #include <utility>
 
@@ -52,18 +50,6 @@ FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward(const at::T
   return op.call(dloss, input, weight, target, bias, ce_weight, ignore_index, label_smoothing,
       lse_square_scale, softcap, accum_dtype, workspace_bytes, use_token_scaling, compute_dtype, need_dinput,
       need_dweight, need_dbias);
-}
-
-at::Tensor fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
-  static const auto op =
-      find_operator("liger::fused_linear_cross_entropy_scale", fused_linear_cross_entropy_scale);
-  return op.call(grad, scale);
-}
-
-void fused_linear_cross_entropy_scale_(at::Tensor& grad, const at::Tensor& scale) {
-  static const auto op =
-      find_operator("liger::fused_linear_cross_entropy_scale_", fused_linear_cross_entropy_scale_);
-  op.call(grad, scale);
 }
 
 namespace {
@@ -121,18 +107,7 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy(const char* op, 
   TORCH_CHECK_VALUE(!workspace_bytes || *workspace_bytes > 0, "liger::", op,
       ": workspace_bytes must be positive, got ", workspace_bytes.value_or(0));
 
-  if (num_items) {
-    const Argument num_items_arg{op, "num_items", *num_items};
-    check_same_device(num_items_arg, input_arg);
-    TORCH_CHECK_TYPE(
-        at::isFloatingType(num_items->scalar_type()) || at::isIntegralType(num_items->scalar_type(), false),
-        "liger::", op, ": num_items must hold a number, got dtype ", dtype_name(num_items->scalar_type()));
-    TORCH_CHECK_VALUE(num_items->sym_numel().sym_eq(1).expect_true(__FILE__, __LINE__), "liger::", op,
-        ": num_items must have one element, got shape ", num_items->sym_sizes());
-    TORCH_CHECK_VALUE(reduction == "mean", "liger::", op,
-        ": num_items replaces the divisor of reduction \"mean\", got reduction \"", std::string(reduction),
-        "\"");
-  }
+  check_num_items(op, num_items, input, "input", reduction);
   return {.loss = check_cross_entropy_options(op, ignore_index, label_smoothing, lse_square_scale, softcap,
               reduction, use_token_scaling, return_token_accuracy, return_predicted_tokens),
       .compute_dtype = compute,
@@ -165,18 +140,6 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy_backward(const a
 
 void check_wanted_gradients(const char* op, const std::optional<at::Tensor>& bias, bool need_dbias) {
   TORCH_CHECK_VALUE(bias || !need_dbias, "liger::", op, ": need_dbias requires a bias, got none");
-}
-
-void check_fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale) {
-  constexpr auto op = "fused_linear_cross_entropy_scale";
-  const Argument grad_arg{op, "grad", grad};
-  const Argument scale_arg{op, "scale", scale};
-  check_floating(grad_arg);
-  check_same_device(scale_arg, grad_arg);
-  const bool fits = scale.scalar_type() == accumulate_type(grad.scalar_type());
-  TORCH_CHECK_TYPE(fits, "liger::", op, ": scale must have dtype ",
-      dtype_name(accumulate_type(grad.scalar_type())), ", got ", dtype_name(scale.scalar_type()));
-  check_dim(scale_arg, 0);
 }
 
 CrossEntropyOutputs fused_linear_cross_entropy_from_forward(const at::Tensor& input, const at::Tensor& weight,
@@ -239,40 +202,12 @@ FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_meta(const 
   return empty_gradients(input, weight, bias, need_dinput, need_dweight, need_dbias);
 }
 
-at::Tensor fused_linear_cross_entropy_scale_meta(const at::Tensor& grad, const at::Tensor& scale) {
-  check_fused_linear_cross_entropy_scale(grad, scale);
-  return at::empty_symint(grad.sym_sizes(), grad.options());
-}
-
-void fused_linear_cross_entropy_scale_inplace_meta(at::Tensor& grad, const at::Tensor& scale) {
-  check_fused_linear_cross_entropy_scale(grad, scale);
-}
-
-namespace {
-
-// grad * scale: in grad's own memory when nobody will ask for this saved tensor again. That is so when the
-// graph is released after this backward; a tracer must not see the mutation.
-at::Tensor scaled(at::Tensor saved, const at::Tensor& scale) {
-  if (at::GradMode::is_enabled()) {
-    // create_graph=True. The saved gradient depends on input and weight, which no graph knows of. With a
-    // factor that wants a gradient, the result gets a node that says so when it is differentiated.
-    const auto factor = scale.requires_grad() ? scale : scale.detach().requires_grad_();
-    return fused_linear_cross_entropy_scale(saved, factor);
-  }
-  const bool last_use = !torch::autograd::get_current_graph_task_keep_graph() &&
-      !at::isTensorSubclassLike(saved) && !at::isTensorSubclassLike(scale);
-  if (!last_use) return fused_linear_cross_entropy_scale(saved, scale);
-  fused_linear_cross_entropy_scale_(saved, scale);
-  return saved;
-}
-
-}  // namespace
-
 // The nodes have names outside of this file, which `grad_fn` shows.
 
 // "mean" and "sum": the gradients wait for their factor.
 struct FusedLinearCrossEntropyBackward : BackwardNode<FusedLinearCrossEntropyBackward> {
   static constexpr size_t kInputs = 3;  // input, weight, bias
+  static constexpr bool kOverwritesSaved = true;
 
   SavedVariable dinput, dweight, dbias, grad_scale;
 
@@ -285,7 +220,8 @@ struct FusedLinearCrossEntropyBackward : BackwardNode<FusedLinearCrossEntropyBac
       const at::Tensor& dweight, const at::Tensor& dbias, const at::Tensor& grad_scale) {
     const auto gradient = [&](const at::Tensor& saved, int64_t position) {
       if (!saved.defined()) return at::Tensor();
-      return scaled(saved, grad_scale.defined() ? grads[0].mul(grad_scale.select(0, position)) : grads[0]);
+      return scaled_gradient(
+          saved, grad_scale.defined() ? grads[0].mul(grad_scale.select(0, position)) : grads[0]);
     };
     return {gradient(dinput, 0), gradient(dweight, 1), gradient(dbias, 1)};
   }

@@ -52,8 +52,6 @@ using FusedLinearCrossEntropyBackwardSignature = FusedLinearCrossEntropyGradient
     double label_smoothing, double lse_square_scale, std::optional<double> softcap,
     std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias);
-using FusedLinearCrossEntropyScaleSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& scale);
-using FusedLinearCrossEntropyScaleInplaceSignature = void(at::Tensor& grad, const at::Tensor& scale);
 
 // Calls through the dispatcher.
 FusedLinearCrossEntropySignature fused_linear_cross_entropy;
@@ -61,10 +59,6 @@ FusedLinearCrossEntropySignature fused_linear_cross_entropy;
 FusedLinearCrossEntropyForwardSignature fused_linear_cross_entropy_forward;
 // The gradients of reduction "none", dloss: [tokens].
 FusedLinearCrossEntropyBackwardSignature fused_linear_cross_entropy_backward;
-// grad * scale for a scale of one element, rounded once (at::mul would round the scale to grad's dtype
-// first).
-FusedLinearCrossEntropyScaleSignature fused_linear_cross_entropy_scale;
-FusedLinearCrossEntropyScaleInplaceSignature fused_linear_cross_entropy_scale_;
 
 struct FusedLinearCrossEntropyOptions {
   CrossEntropyOptions loss;
@@ -88,7 +82,6 @@ FusedLinearCrossEntropyOptions check_fused_linear_cross_entropy_backward(const a
     std::optional<at::ScalarType> accum_dtype, std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype);
 void check_wanted_gradients(const char* op, const std::optional<at::Tensor>& bias, bool need_dbias);
-void check_fused_linear_cross_entropy_scale(const at::Tensor& grad, const at::Tensor& scale);
 
 // Kernels by dispatch key, bound in registration.cpp; those of devices are in
 // fused_linear_cross_entropy_chunks.h.
@@ -97,7 +90,5 @@ FusedLinearCrossEntropySignature fused_linear_cross_entropy_autograd;
 FusedLinearCrossEntropySignature fused_linear_cross_entropy_autocast;
 FusedLinearCrossEntropyForwardSignature fused_linear_cross_entropy_forward_meta;
 FusedLinearCrossEntropyBackwardSignature fused_linear_cross_entropy_backward_meta;
-FusedLinearCrossEntropyScaleSignature fused_linear_cross_entropy_scale_meta;
-FusedLinearCrossEntropyScaleInplaceSignature fused_linear_cross_entropy_scale_inplace_meta;
 
 }  // namespace liger

@@ -38,14 +38,6 @@ at::Tensor power_of_two(const at::Tensor& x) {
 // 1 / x, and 0 for 0.
 at::Tensor reciprocal_or_zero(const at::Tensor& x) { return at::where(x.eq(0), x, x.reciprocal()); }
 
-// grad *= scale, whatever the strides of grad.
-void scale_in_place(
-    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale) {
-  const auto dense = grad.contiguous();
-  device.scale(dense, scale, dense);
-  if (!dense.is_same(grad)) grad.copy_(dense);
-}
-
 struct Arguments {
   const char* op;
   const at::Tensor& input;
@@ -261,29 +253,13 @@ FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_on(
   if (!chunks.float16() || input.size(0) == 0) return chunks.run(dloss.contiguous());
   // The power of two of the largest upstream gradient is kept out of the float16 products.
   const auto power = power_of_two(at::amax(dloss.abs())).div(chunks.token_power());
-  const auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
-  const auto& [dinput, dweight, dbias] = gradients;
+  auto gradients = chunks.run(dloss.mul(reciprocal_or_zero(power)).contiguous());
+  auto& [dinput, dweight, dbias] = gradients;
   const auto sum_power = power.mul(chunks.sum_scale());
-  if (need_dinput) scale_in_place(device, dinput, power);
-  if (need_dweight) scale_in_place(device, dweight, sum_power);
-  if (need_dbias) scale_in_place(device, dbias, sum_power);
+  if (need_dinput) cross_entropy_scale_inplace_on(device.rows, dinput, power);
+  if (need_dweight) cross_entropy_scale_inplace_on(device.rows, dweight, sum_power);
+  if (need_dbias) cross_entropy_scale_inplace_on(device.rows, dbias, sum_power);
   return gradients;
-}
-
-at::Tensor fused_linear_cross_entropy_scale_on(
-    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale) {
-  check_fused_linear_cross_entropy_scale(grad, scale);
-  const c10::DeviceGuard guard(grad.device());
-  const auto out = at::empty(grad.sizes(), grad.options());
-  device.scale(grad.contiguous(), scale, out);
-  return out;
-}
-
-void fused_linear_cross_entropy_scale_inplace_on(
-    const FusedLinearCrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale) {
-  check_fused_linear_cross_entropy_scale(grad, scale);
-  const c10::DeviceGuard guard(grad.device());
-  scale_in_place(device, grad, scale);
 }
 
 void addmm_float32_by_blocks(

@@ -14,8 +14,6 @@ struct FusedLinearCrossEntropyDevice {
   const CrossEntropyDevice& rows;
   // out = beta * out + alpha * a @ b for 16-bit a and b and float32 out.
   void (*addmm_float32)(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta, double alpha);
-  // out = grad * scale (one element, on the device); both contiguous, out may be grad.
-  void (*scale)(const at::Tensor& grad, const at::Tensor& scale, const at::Tensor& out);
   // Bytes that a call may take beside its results, when nobody says.
   int64_t (*default_workspace)(const at::Tensor& weight);
   // Rows of the logits buffer start at multiples of this.
@@ -42,10 +40,6 @@ FusedLinearCrossEntropyGradients fused_linear_cross_entropy_backward_on(
     double lse_square_scale, std::optional<double> softcap, std::optional<at::ScalarType> accum_dtype,
     std::optional<int64_t> workspace_bytes, bool use_token_scaling,
     std::optional<at::ScalarType> compute_dtype, bool need_dinput, bool need_dweight, bool need_dbias);
-at::Tensor fused_linear_cross_entropy_scale_on(
-    const FusedLinearCrossEntropyDevice& device, const at::Tensor& grad, const at::Tensor& scale);
-void fused_linear_cross_entropy_scale_inplace_on(
-    const FusedLinearCrossEntropyDevice& device, at::Tensor& grad, const at::Tensor& scale);
 
 // addmm_float32 for devices whose matrix products do not widen: multiplies float32 copies, block by block.
 void addmm_float32_by_blocks(

@@ -141,14 +141,16 @@ def _loss_results(a: SimpleNamespace, per_row: bool) -> list[Placement]:
     return [loss, loss, Shard(0), accuracy, predicted]
 
 
-def _cross_entropy(op: str, extra: tuple[Placement, ...]) -> Callable[[SimpleNamespace], Iterator[Strategy]]:
-    def rule(a: SimpleNamespace) -> Iterator[Strategy]:
-        _refuse_class_shards(op, "logits", a.logits, 1, "vocab_parallel_cross_entropy")
-        per_row = _per_row(a)
-        if per_row is not None:
-            yield [*_loss_results(a, per_row), *extra], dict(logits=Shard(0), target=Shard(0))
+def _cross_entropy(a: SimpleNamespace) -> Iterator[Strategy]:
+    _refuse_class_shards("cross_entropy", "logits", a.logits, 1, "vocab_parallel_cross_entropy")
+    per_row = _per_row(a)
+    if per_row is not None:
+        yield _loss_results(a, per_row), dict(logits=Shard(0), target=Shard(0))
 
-    return rule
+
+def _cross_entropy_forward(a: SimpleNamespace) -> Iterator[Strategy]:
+    for results, arguments in _cross_entropy(a):
+        yield [*results, Shard(0), Replicate(), *_wanted((a.need_dlogits, Shard(0)))], arguments
 
 
 def _cross_entropy_backward(a: SimpleNamespace) -> Iterator[Strategy]:
@@ -211,14 +213,14 @@ RULES: dict[str, Callable[[SimpleNamespace], Iterator[Strategy]]] = {
     "geglu_packed": _packed("gate_up"),
     "geglu_packed_backward": _packed("dout", "gate_up"),
     "geglu_packed_backward_": _packed("dout", "gate_up", results=0),
-    "cross_entropy": _cross_entropy("cross_entropy", ()),
-    "cross_entropy_forward": _cross_entropy("cross_entropy", (Shard(0), Replicate())),
+    "cross_entropy": _cross_entropy,
+    "cross_entropy_forward": _cross_entropy_forward,
     "cross_entropy_backward": _cross_entropy_backward,
+    "cross_entropy_scale": _scaled(1),
+    "cross_entropy_scale_": _scaled(0),
     "fused_linear_cross_entropy": _fused_linear("fused_linear_cross_entropy", forward=False),
     "fused_linear_cross_entropy_forward": _fused_linear("fused_linear_cross_entropy", forward=True),
     "fused_linear_cross_entropy_backward": _fused_linear_backward,
-    "fused_linear_cross_entropy_scale": _scaled(1),
-    "fused_linear_cross_entropy_scale_": _scaled(0),
 }
 
 

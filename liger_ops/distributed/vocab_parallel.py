@@ -20,8 +20,8 @@ from liger_ops.functional import CrossEntropyOutput
 
 _forward = torch.ops.liger.cross_entropy_forward.default
 _backward = torch.ops.liger.cross_entropy_backward.default
-_scale = torch.ops.liger.fused_linear_cross_entropy_scale.default
-_scale_ = torch.ops.liger.fused_linear_cross_entropy_scale_.default
+_scale = torch.ops.liger.cross_entropy_scale.default
+_scale_ = torch.ops.liger.cross_entropy_scale_.default
 
 # What the row kernels are told to ignore: the caller's ignore_index may be a column of some shard.
 _IGNORED = -100
@@ -75,7 +75,7 @@ def _statistics(loss: _Loss, logits: Tensor, target: Tensor, ignored: Tensor) ->
     column, inside = _columns(loss, target, ignored, width)
     smoothing = loss.label_smoothing > 0
     # With all of the target spread evenly, the loss of a shard is its log-sum-exp less its mean.
-    spread, _, lse, _, predicted, lse_low, _ = _forward(
+    spread, _, lse, _, predicted, lse_low, _, _ = _forward(
         logits,
         column.where(~ignored, _IGNORED),
         None,
@@ -84,9 +84,11 @@ def _statistics(loss: _Loss, logits: Tensor, target: Tensor, ignored: Tensor) ->
         0.0,
         loss.softcap,
         "none",
+        None,
         False,
         False,
         loss.predict,
+        False,
     )
     at_column = logits.gather(1, column.unsqueeze(1)).squeeze(1).to(lse.dtype)
     highest = loss.all_reduce(lse, "max")

@@ -198,8 +198,8 @@ class _AccumulatedHeads(torch.autograd.Function):
                 return None
             factor = upstream.to(torch.promote_types(gradient.dtype, torch.float32))
             if keep or not gradient.is_contiguous():
-                return torch.ops.liger.fused_linear_cross_entropy_scale(gradient, factor)
-            torch.ops.liger.fused_linear_cross_entropy_scale_(gradient, factor)
+                return torch.ops.liger.cross_entropy_scale(gradient, factor)
+            torch.ops.liger.cross_entropy_scale_(gradient, factor)
             return gradient
 
         return None, None, scaled(total), None, *map(scaled, gradients)

@@ -35,7 +35,7 @@ def test_operators_run(family, device):
     expected = {name: calls for name, calls in CALLS[family].items() if calls}
     backward = {f"{name}_backward": calls for name, calls in expected.items()}
     # Its gradients are computed along with the loss; backward scales those of hidden states and weight.
-    loss = {"fused_linear_cross_entropy": 1, "fused_linear_cross_entropy_scale": 2}
+    loss = {"fused_linear_cross_entropy": 1, "cross_entropy_scale": 2}
     assert operators.calls == expected | backward | loss
 
 

@@ -54,9 +54,11 @@ __device__ __forceinline__ void write_partial_sums(
   }
 }
 
-constexpr int kColumnSumWidth = 16;
-constexpr int kColumnSumHeight = 16;
-constexpr int kColumnSumLoads = 16;
+// Threads of a block side by side, each with one vector of columns, and on top of each other.
+constexpr int kColumnSumLanes = 8;
+constexpr int kColumnSumHeight = 32;
+// Loads that a thread has under way: partial rows of 192 blocks, one to each multiprocessor or more, at once.
+constexpr int kColumnSumLoads = 6;
 
 // A [rows, cols] of partial sums and where their sum over rows goes, or nulls.
 template <typename A, typename W>
@@ -65,47 +67,62 @@ struct PartialSums {
   W* out;
 };
 
+// sums[0] becomes the sum of all, pairwise: rounding errors stay small.
+template <int N, typename V, typename Add>
+__device__ __forceinline__ void add_pairwise(V (&sums)[N], const Add& add) {
+#pragma unroll
+  for (int step = 1; step < N; step *= 2) {
+#pragma unroll
+    for (int i = 0; i + step < N; i += 2 * step) add(sums[i], sums[i + step]);
+  }
+}
+
 // out[col] = sum over rows of partial[row, col], of the first pair by the blocks at y = 0, of the second by
-// those at y = 1. A block owns 16 columns; its rows of threads add every 16th partial row each, with sixteen
-// loads under way and in as many sums, and all sums are added pairwise: rounding errors stay small.
-//
-// Launched as a programmatic dependent of the kernel that writes partial, it is in place when that ends.
-template <typename A, typename W>
-__global__ void __launch_bounds__(kColumnSumWidth* kColumnSumHeight)
+// those at y = 1. A block owns the columns of kColumnSumLanes vectors; its rows of threads add every
+// kColumnSumHeight-th partial row each. Blocks are few enough to be in place, and to have all their loads
+// under way, at once: launched as a programmatic dependent of the kernel that writes partial, this one takes
+// little more than the wait for its end and for one load.
+template <typename A, typename W, int VEC>
+__global__ void __launch_bounds__(kColumnSumLanes* kColumnSumHeight, 2)
     column_sum_kernel(PartialSums<A, W> first, PartialSums<A, W> second, int rows, int cols) {
-  __shared__ A shared[kColumnSumHeight][kColumnSumWidth];
+  constexpr int kWidth = kColumnSumLanes * VEC;
+  __shared__ __align__(16) A shared[kColumnSumHeight][kWidth];
   const auto [partial, out] = blockIdx.y == 0 ? first : second;
-  const int col = blockIdx.x * kColumnSumWidth + threadIdx.x;
+  const int lane = threadIdx.x % kColumnSumLanes, height = threadIdx.x / kColumnSumLanes;
+  const int col = blockIdx.x * kWidth + lane * VEC;
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
-  A sums[kColumnSumLoads] = {};
+  A sums[kColumnSumLoads][VEC] = {};
   if (col < cols) {
-    for (int start = threadIdx.y; start < rows; start += kColumnSumLoads * kColumnSumHeight) {
+    for (int start = height; start < rows; start += kColumnSumLoads * kColumnSumHeight) {
+      // No addition before the last load: a branch between them would have each wait for the one before.
+      Vec<A, VEC> held[kColumnSumLoads] = {};
 #pragma unroll
       for (int i = 0; i < kColumnSumLoads; ++i) {
         const int row = start + i * kColumnSumHeight;
-        if (row < rows) sums[i] += partial[static_cast<int64_t>(row) * cols + col];
+        if (row < rows) held[i] = Vec<A, VEC>::load(partial + static_cast<int64_t>(row) * cols + col);
+      }
+#pragma unroll
+      for (int i = 0; i < kColumnSumLoads; ++i) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) sums[i][j] += held[i].data[j];
       }
     }
   }
+  add_pairwise(sums, [](A(&to)[VEC], const A(&from)[VEC]) {
 #pragma unroll
-  for (int half = kColumnSumLoads / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  shared[threadIdx.y][threadIdx.x] = sums[0];
+    for (int j = 0; j < VEC; ++j) to[j] += from[j];
+  });
+  store_sums(sums[0], &shared[height][lane * VEC]);
   __syncthreads();
-  if (threadIdx.y != 0 || col >= cols) return;
+  const int own = blockIdx.x * kWidth + threadIdx.x;
+  if (threadIdx.x >= kWidth || own >= cols) return;
   A total[kColumnSumHeight];
 #pragma unroll
-  for (int y = 0; y < kColumnSumHeight; ++y) total[y] = shared[y][threadIdx.x];
-#pragma unroll
-  for (int half = kColumnSumHeight / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int y = 0; y < half; ++y) total[y] += total[y + half];
-  }
-  out[col] = narrow<W>(total[0]);
+  for (int i = 0; i < kColumnSumHeight; ++i) total[i] = shared[i][threadIdx.x];
+  add_pairwise(total, [](A& to, A from) { to += from; });
+  out[own] = narrow<W>(total[0]);
 }
 
 // A kernel that writes partial sums says that column_sum_kernel may be put in place. What the blocks write

@@ -10,6 +10,38 @@
 
 namespace liger::cuda {
 
+// Rows [begin, end).
+struct RowRange {
+  int64_t begin, end;
+};
+
+// The rows of this block, of a grid whose blocks all run at once, STEP at a time. Blocks side by side take
+// rows side by side, so that the grid goes through memory as one front: with a stretch of rows to each block,
+// memory gives a tenth less. What is left for the last step is shared out evenly.
+template <int STEP>
+class RowSteps {
+ public:
+  __device__ __forceinline__ explicit RowSteps(int64_t rows)
+      : rows_(rows), per_step_(static_cast<int>(gridDim.x) * STEP), full_(rows / per_step_) {}
+
+  // Empty beyond the last step.
+  __device__ __forceinline__ RowRange operator()(int64_t step) const {
+    const int64_t start = step * per_step_;
+    if (step < full_) {
+      const int64_t begin = start + static_cast<int>(blockIdx.x) * STEP;
+      return {begin, begin + STEP};
+    }
+    if (step > full_) return {rows_, rows_};
+    const auto left = static_cast<unsigned int>(rows_ - start);
+    return {start + left * blockIdx.x / gridDim.x, start + left * (blockIdx.x + 1) / gridDim.x};
+  }
+
+ private:
+  int64_t rows_;
+  int per_step_;
+  int64_t full_;
+};
+
 // Two stages of ROWS rows: NV vectors a thread and row of each of INPUTS tensors.
 template <typename T, int INPUTS, int NV, int THREADS, int ROWS>
 class RowRing {

@@ -106,24 +106,16 @@ def logits_loss(
     num_items = single_number(num_items_in_batch)
     if is_dtensor(logits):
         return _sharded_logits_loss(logits, targets, num_items, ignore_index, **options)
-    result = _on_tokens(
+    return _on_tokens(
         LF.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             targets.reshape(-1).to(logits.device),
             ignore_index=ignore_index,
-            reduction="mean" if num_items is None else "sum",
+            num_items=num_items,
             **options,
         ),
         targets,
     )
-    if num_items is None:
-        return result
-    if isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(logits.device, non_blocking=True)
-    result.loss = result.loss / num_items
-    if result.z_loss is not None:
-        result.z_loss = result.z_loss / num_items
-    return result
 
 
 def causal_lm_loss(
