@@ -500,15 +500,27 @@ def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]
     groups = [*KERNEL_GROUPS, "other", "idle"]
     lines = [
         "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. "
-        "*Idle* is the time between the first and the last kernel in which none ran.",
+        "*Idle* is the time between the first and the last kernel in which none ran. *SM clock* and *power* are "
+        "medians over other steps (nvidia-smi), beside what the GPU allows; *capped* is the share of samples in "
+        "which the driver held the clock down for the sake of the power limit.",
         "",
-        f"| model | implementation | {' | '.join(groups)} | all |",
-        f"|---|---|{'--:|' * (len(groups) + 1)}",
+        f"| model | implementation | {' | '.join(groups)} | all | SM clock, MHz | power, W | capped |",
+        f"|---|---|{'--:|' * (len(groups) + 4)}",
     ]
     for record in results:
         times = [record["kernel_times"].get(group, {"ms": 0})["ms"] for group in groups]
         cells = [models[record["model"]]["title"], record["provider"]]
         cells += [f"{ms:.1f}" for ms in (*times, sum(times))]
+        clocks = record.get("clocks")
+        cells += (
+            [
+                f"{clocks['sm_mhz']:.0f} of {clocks['max_sm_mhz']:.0f}",
+                f"{clocks['watts']:.0f} of {clocks['max_watts']:.0f}",
+                f"{clocks['power_capped']:.0%}",
+            ]
+            if clocks
+            else [""] * 3
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

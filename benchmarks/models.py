@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import report
+from . import clocks, report
 
 LEAN = "liger-ops-lean"
 PROVIDERS = ("transformers", "liger-kernel", "liger-ops", LEAN)
 OUT_OF_MEMORY = "out of memory"
 WARM_UP_STEPS = 2
+# Steps over which clocks and power are sampled.
+CLOCKED_STEPS = 8
 MIB = 2**20
 
 
@@ -325,6 +327,13 @@ def run(job: Job) -> dict:
             record["peak_beyond_states_mib"] = (peak - persistent_bytes(model, optimizer)) / MIB
             if job.kernels:
                 record["kernel_times"] = kernel_times(lambda: train(tokens))
+
+                def busy() -> None:
+                    for _ in range(CLOCKED_STEPS):
+                        train(tokens)
+                    torch.cuda.synchronize()
+
+                record["clocks"] = clocks.sampled(busy)
     except torch.OutOfMemoryError:
         record["failure"] = OUT_OF_MEMORY
     return record
@@ -430,7 +439,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="each decoder layer or the model by torch.compile",
     )
     parser.add_argument(
-        "--kernels", action="store_true", help="also record where the GPU's time goes in one more step"
+        "--kernels",
+        action="store_true",
+        help="also record where the GPU's time goes in one more step, and its clocks and power in "
+        f"{CLOCKED_STEPS} others",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

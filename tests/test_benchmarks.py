@@ -211,10 +211,43 @@ def test_training_steps_of_whole_models(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pages, "IMAGES", tmp_path)
     ours["kernel_times"] = {"attention": {"ms": 1.25}, "matrix products": {"ms": 2.5}, "idle": {"ms": 1.2}}
+    row = f"{ours['provider']} | 1.2 | 2.5 | 0.0 | 0.0 | 0.0 | 1.2 | 5.0 |"
+    assert f"{row}  |  |  |" in pages.training_section({target.name: document})
+    limits = {"max_sm_mhz": 1980.0, "max_watts": 700.0}
+    ours["clocks"] = {"sm_mhz": 1500.0, "watts": 690.5, "power_capped": 0.9, "samples": 7, **limits}
     text = pages.training_section({target.name: document})
-    assert f"{ours['provider']} | 1.2 | 2.5 | 0.0 | 0.0 | 0.0 | 1.2 | 5.0 |" in text
+    assert f"{row} 1500 of 1980 | 690 of 700 | 90% |" in text
     assert "| Mixtral 8x7B | 2 of 32 | **liger-ops** |" in text
     assert (tmp_path / "models_test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_clocks(monkeypatch, tmp_path):
+    """Of what nvidia-smi prints while something runs; an answer that is no number is no sample."""
+    from benchmarks import clocks
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *loop-ms*)\n'
+        "  echo '1500, 690.5, Active'; echo '[N/A], [N/A], [N/A]'; echo '1980, 300.5, Not Active'\n"
+        "  echo '1600, 700.1, Active'; exec sleep 60;;\n"
+        "*) echo '1980, 700.00';;\n"
+        "esac\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert clocks.sampled(lambda: time.sleep(1), "GPU-0") == {
+        "sm_mhz": 1600.0,
+        "max_sm_mhz": 1980.0,
+        "watts": 690.5,
+        "max_watts": 700.0,
+        "power_capped": pytest.approx(2 / 3),
+        "samples": 3,
+    }
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert clocks.sampled(lambda: None, "GPU-0") is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert clocks.sampled(lambda: None, "GPU-0") is None
 
 
 def test_a_step_that_needs_too_much_memory_is_a_result(monkeypatch):

@@ -4,9 +4,9 @@
 //
 // A thread owns VEC pairs of columns of one head of one token, so that both inputs of a rotation sit in one
 // thread: VEC columns of each half of the rotated width, or 2 VEC neighbouring columns. There are no loops:
-// with all loads issued at once and 40 to 48 registers a thread, five blocks a multiprocessor keep memory
-// busy. Bytes: every element of q and k read and written once; the heads of a token, neighbours in a block,
-// find its cosines and sines in L1. No reductions: deterministic.
+// with all loads issued at once and 40 to 48 registers a thread, five or six blocks a multiprocessor keep
+// memory busy. Bytes: every element of q and k read and written once; the heads of a token, neighbours in a
+// block, find its cosines and sines in L1. No reductions: deterministic.
 
 #include "cuda/common/vec.cuh"
 
@@ -75,9 +75,15 @@ struct Pairs {
   __device__ __forceinline__ static constexpr int second(int i) { return INTERLEAVED ? 2 * i + 1 : VEC + i; }
 };
 
+// Blocks that a multiprocessor is to hold: as many as leave the threads enough registers for all their loads.
+template <typename T, typename C>
+constexpr int kRopeBlocks = sizeof(C) != sizeof(T) || sizeof(T) > 4 ? 4
+    : sizeof(T) == 4                                                ? 5
+                                                                    : 6;
+
 // INVERSE applies the transposed rotation, which is the backward pass.
 template <typename T, typename C, int VEC, bool INTERLEAVED, bool INVERSE>
-__global__ void __launch_bounds__(kRopeThreads, sizeof(C) == sizeof(T) && sizeof(T) <= 4 ? 5 : 4)
+__global__ void __launch_bounds__(kRopeThreads, kRopeBlocks<T, C>)
     rope_kernel(RopeTensor<T> q, RopeTensor<T> k, RopeAngles<C> angles, RopeShape<VEC> shape) {
   using A = Accumulate<T>;
   using Columns = Pairs<T, VEC, INTERLEAVED>;
