@@ -18,11 +18,12 @@ void rms_norm_forward_typed(const RmsNormForward& args) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x_row = x + row * args.x_stride;
       T* y_row = y + row * args.cols;
-      RunningSum<T> squares;
+      RunningSums<T> squares;
       if (residual == nullptr) {
         for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
           const auto value = P::load(x_row + i, count);
-          squares.add_product(value, value);
+          squares.add_product(0, value, value);
+          squares.advance();
         });
       } else {
         const T* residual_row = residual + row * args.residual_stride;
@@ -30,12 +31,13 @@ void rms_norm_forward_typed(const RmsNormForward& args) {
         for_each_pack<T>(args.cols, [&](int64_t i, auto count) {
           const auto value = (P::load(x_row + i, count) + P::load(residual_row + i, count)).rounded();
           value.store(sum_row + i, count);
-          squares.add_product(value, value);
+          squares.add_product(0, value, value);
+          squares.advance();
         });
         x_row = sum_row;
       }
       // In float64, since an error here is one of the whole row.
-      const double mean = static_cast<double>(squares.total()) / static_cast<double>(args.cols);
+      const double mean = static_cast<double>(squares.total(0)) / static_cast<double>(args.cols);
       const A scale = static_cast<A>(1 / std::sqrt(mean + args.eps));
       rstd[row] = scale;
       const auto scales = P::fill(scale);
@@ -68,36 +70,38 @@ void rms_norm_backward_typed(const RmsNormBackward& args) {
   const int64_t cols = args.cols;
   const auto offset = P::fill(static_cast<A>(args.offset));
 
-  for_each_row_in_blocks<A>(args.rows, args.row_blocks, cols, {partial}, [&](int64_t row, int64_t block) {
-    const T* dy_row = dy + row * args.dy_stride;
-    const T* x_row = x + row * args.x_stride;
-    A* sums = partial == nullptr ? nullptr : partial + block * cols;
-    const auto scale = P::fill(rstd[row]);
-    // m = dy * (offset + weight), n = x * rstd
-    const auto scaled_gradient = [&](int64_t i, auto count) {
-      auto m = P::load(dy_row + i, count);
-      if (weight != nullptr) m = m * (P::load(weight + i, count) + offset);
-      return m;
-    };
-    RunningSum<T> dot;
-    for_each_pack<T>(cols, [&](int64_t i, auto count) {
-      const auto n = P::load(x_row + i, count) * scale;
-      dot.add_product(scaled_gradient(i, count), n);
-      if (sums != nullptr) {
-        const auto factor = args.round_normalized ? n.rounded() : n;
-        const auto sum = P::template load<A>(sums + i, count);
-        multiply_add(P::load(dy_row + i, count), factor, sum).store_wide(sums + i, count);
-      }
-    });
-    if (dx == nullptr) return;
-    const auto mean = P::fill(dot.total() / static_cast<A>(cols));
-    for_each_pack<T>(cols, [&](int64_t i, auto count) {
-      const auto n = P::load(x_row + i, count) * scale;
-      auto gradient = scale * (scaled_gradient(i, count) - n * mean);
-      if (dsum != nullptr) gradient = gradient + P::load(dsum + row * args.dsum_stride + i, count);
-      gradient.store(dx + row * cols + i, count);
-    });
-  });
+  for_each_row_in_blocks<1, A>(
+      args.rows, args.row_blocks, cols, {partial}, [&](int64_t row, auto, int64_t block) {
+        const T* dy_row = dy + row * args.dy_stride;
+        const T* x_row = x + row * args.x_stride;
+        A* sums = partial == nullptr ? nullptr : partial + block * cols;
+        const auto scale = P::fill(rstd[row]);
+        // m = dy * (offset + weight), n = x * rstd
+        const auto scaled_gradient = [&](int64_t i, auto count) {
+          auto m = P::load(dy_row + i, count);
+          if (weight != nullptr) m = m * (P::load(weight + i, count) + offset);
+          return m;
+        };
+        RunningSums<T> dot;
+        for_each_pack<T>(cols, [&](int64_t i, auto count) {
+          const auto n = P::load(x_row + i, count) * scale;
+          dot.add_product(0, scaled_gradient(i, count), n);
+          dot.advance();
+          if (sums != nullptr) {
+            const auto factor = args.round_normalized ? n.rounded() : n;
+            const auto sum = P::template load<A>(sums + i, count);
+            multiply_add(P::load(dy_row + i, count), factor, sum).store_wide(sums + i, count);
+          }
+        });
+        if (dx == nullptr) return;
+        const auto mean = P::fill(dot.total(0) / static_cast<A>(cols));
+        for_each_pack<T>(cols, [&](int64_t i, auto count) {
+          const auto n = P::load(x_row + i, count) * scale;
+          auto gradient = scale * (scaled_gradient(i, count) - n * mean);
+          if (dsum != nullptr) gradient = gradient + P::load(dsum + row * args.dsum_stride + i, count);
+          gradient.store(dx + row * cols + i, count);
+        });
+      });
   sum_row_blocks(partial, args.row_blocks, cols, static_cast<W*>(args.dweight));
 }
 

@@ -10,7 +10,9 @@ namespace liger::cpu {
 
 // Enough blocks to occupy any machine, few enough that their partial sums stay in cache.
 constexpr int64_t kMaxRowBlocks = 128;
-constexpr int64_t kMinRowsPerBlock = 4;
+// A block writes and reads a row of float32 per partial sum: with fewer rows that is a large share of its
+// memory traffic.
+constexpr int64_t kMinRowsPerBlock = 8;
 
 inline int64_t row_blocks(int64_t rows) {
   return std::clamp<int64_t>(rows / kMinRowsPerBlock, 1, kMaxRowBlocks);

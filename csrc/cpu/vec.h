@@ -17,6 +17,17 @@ using at::vec::Vectorized;
 template <typename T>
 using Accumulate = at::opmath_type<T>;
 
+// body(integral_constant<int, i>{}) for every i below N. Unrolled by the language, so that arrays of packs
+// indexed by i live in registers.
+template <typename Body, int... i>
+inline void unroll(const Body& body, std::integer_sequence<int, i...>) {
+  (body(std::integral_constant<int, i>{}), ...);
+}
+template <int N, typename Body>
+inline void unroll(const Body& body) {
+  unroll(body, std::make_integer_sequence<int, N>{});
+}
+
 // The elements of one Vectorized<T>, widened to the accumulate type: two vectors for 16-bit T, one otherwise.
 template <typename T>
 struct Pack {
@@ -29,7 +40,7 @@ struct Pack {
 
   static Pack fill(A value) {
     Pack p;
-    for (int i = 0; i < kVectors; ++i) p.v[i] = V(value);
+    unroll<kVectors>([&](auto i) { p.v[i] = V(value); });
     return p;
   }
 
@@ -38,12 +49,12 @@ struct Pack {
   static Pack load(const S* from, int64_t count = kSize) {
     Pack p;
     if constexpr (std::is_same_v<S, A>) {
-      for (int i = 0; i < kVectors; ++i) {
+      unroll<kVectors>([&](auto i) {
         const int64_t rest = std::clamp<int64_t>(count - i * V::size(), 0, V::size());
         p.v[i] = rest == V::size() ? V::loadu(from + i * V::size())
             : rest > 0             ? V::loadu(from + i * V::size(), rest)
                                    : V(A(0));
-      }
+      });
     } else {
       static_assert(std::is_same_v<S, T>);
       const auto narrow = count == kSize ? Vectorized<T>::loadu(from) : Vectorized<T>::loadu(from, count);
@@ -62,10 +73,10 @@ struct Pack {
   }
 
   void store_wide(A* to, int64_t count = kSize) const {
-    for (int i = 0; i < kVectors; ++i) {
+    unroll<kVectors>([&](auto i) {
       const int64_t rest = std::clamp<int64_t>(count - i * V::size(), 0, V::size());
       if (rest > 0) v[i].store(to + i * V::size(), rest);
-    }
+    });
   }
 
   // The first `count` elements; 0 in the other lanes.
@@ -105,7 +116,7 @@ struct Pack {
 template <typename T, typename F, typename... Rest>
 inline Pack<T> map(const F& f, const Pack<T>& first, const Rest&... rest) {
   Pack<T> out;
-  for (int i = 0; i < Pack<T>::kVectors; ++i) out.v[i] = f(first.v[i], rest.v[i]...);
+  unroll<Pack<T>::kVectors>([&](auto i) { out.v[i] = f(first.v[i], rest.v[i]...); });
   return out;
 }
 
@@ -130,28 +141,31 @@ inline Pack<T> multiply_add(const Pack<T>& a, const Pack<T>& b, const Pack<T>& c
   return map<T>([](auto x, auto y, auto z) { return at::vec::fmadd(x, y, z); }, a, b, c);
 }
 
-// A sum along a row, in two levels: rounding errors grow with the square root of the terms of each level, not
-// of all of them.
-template <typename T>
-class RunningSum {
+// N sums along rows, each in two levels: rounding errors grow with the square root of the terms of each
+// level, not of all of them.
+template <typename T, int N = 1>
+class RunningSums {
  public:
-  void add(const Pack<T>& term) { advance(recent_ + term); }
-  void add_product(const Pack<T>& a, const Pack<T>& b) { advance(multiply_add(a, b, recent_)); }
-  Accumulate<T> total() const { return (settled_ + recent_).sum(); }
+  RunningSums() {
+    unroll<N>([&](auto i) { settled_[i] = recent_[i] = Pack<T>::fill(0); });
+  }
+  void add(int i, const Pack<T>& term) { recent_[i] = recent_[i] + term; }
+  void add_product(int i, const Pack<T>& a, const Pack<T>& b) { recent_[i] = multiply_add(a, b, recent_[i]); }
+  // After one term for each sum.
+  void advance() {
+    if (C10_LIKELY(++count_ < kTerms)) return;
+    unroll<N>([&](auto i) {
+      settled_[i] = settled_[i] + recent_[i];
+      recent_[i] = Pack<T>::fill(0);
+    });
+    count_ = 0;
+  }
+  Accumulate<T> total(int i) const { return (settled_[i] + recent_[i]).sum(); }
 
  private:
   static constexpr int kTerms = 32;
 
-  void advance(const Pack<T>& recent) {
-    recent_ = recent;
-    if (++count_ == kTerms) {
-      settled_ = settled_ + recent_;
-      recent_ = Pack<T>::fill(0);
-      count_ = 0;
-    }
-  }
-
-  Pack<T> settled_ = Pack<T>::fill(0), recent_ = Pack<T>::fill(0);
+  Pack<T> settled_[N], recent_[N];
   int count_ = 0;
 };
 
@@ -163,6 +177,29 @@ inline void for_each_pack(int64_t size, const Body& body) {
   int64_t start = 0;
   for (; start + step <= size; start += step) body(start, std::integral_constant<int64_t, step>{});
   if (start < size) body(start, size - start);
+}
+
+// Asks for the cache lines of a row that is soon read, or written, as a loop over packs passes column i.
+// Harmless beyond the end of the tensor.
+template <bool kWrite = false, typename T>
+inline void prefetch(const T* row, int64_t i) {
+  if (i * sizeof(T) % 64 == 0) __builtin_prefetch(row + i, kWrite);
+}
+
+// Writes to every page of [to, to + size), whose contents are not yet written. New memory has no pages before
+// its first write, and each prefetch of a line without one is a slow search in vain.
+template <typename T>
+inline void touch_pages(T* to, int64_t size) {
+  for (int64_t i = 0; i < size; i += 4096 / sizeof(T)) to[i] = T(0);
+  if (size > 0) to[size - 1] = T(0);
+}
+
+// body(row, integral_constant<int, n>) over [begin, end), n = kRows rows at a time and the rest one by one.
+template <int kRows, typename Body>
+inline void for_each_row_group(int64_t begin, int64_t end, const Body& body) {
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) body(row, std::integral_constant<int, kRows>{});
+  for (; row < end; ++row) body(row, std::integral_constant<int, 1>{});
 }
 
 // Elements worth handing to a thread: enough that the fork costs less than the work.
