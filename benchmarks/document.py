@@ -500,9 +500,9 @@ def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]
     groups = [*KERNEL_GROUPS, "other", "idle"]
     lines = [
         "Where the GPU's time goes, milliseconds of one step under PyTorch's profiler by kind of kernel. "
-        "*Idle* is the time between the first and the last kernel in which none ran. *SM clock* and *power* are "
-        "medians over other steps (nvidia-smi), beside what the GPU allows; *capped* is the share of samples in "
-        "which the driver held the clock down for the sake of the power limit.",
+        "*Idle* is the time between the first and the last kernel in which none ran. *SM clock* and *power* "
+        "are medians over other steps (nvidia-smi), beside what the GPU allows; *capped* is the share of "
+        "samples in which the driver held the clock down to stay within the power limit.",
         "",
         f"| model | implementation | {' | '.join(groups)} | all | SM clock, MHz | power, W | capped |",
         f"|---|---|{'--:|' * (len(groups) + 4)}",

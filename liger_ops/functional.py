@@ -435,9 +435,10 @@ def cross_entropy(
         IndexError: a target is out of range; on CUDA a device-side assertion, as PyTorch has it.
 
     Rounding:
-        Everything is float32; the gradient is rounded once, to the logits' dtype, and where it was computed in
-        forward once more by an upstream gradient that is not a power of two. Where the target's probability is
-        near 1, its distance from 1 keeps its digits, and the log-sum-exp of large logits is kept in two parts.
+        Everything is float32; the gradient is rounded once, to the logits' dtype, and if it was computed in
+        forward once more by an upstream gradient that is not a power of two. Where the target's probability
+        is near 1, its distance from 1 keeps its digits, and the log-sum-exp of large logits is kept in two
+        parts.
 
     Saves:
         The logits, the target, and two float32 numbers a row (the log-sum-exp); or, in their place, the
@@ -446,11 +447,11 @@ def cross_entropy(
     Moves:
         Forward reads the logits once. Backward reads them and writes their gradient.
 
-        A GPU that can keep a row of bfloat16 logits on the chip (up to 163 840 classes, a multiple of 8, on an
-        H100; no `softcap`, `label_smoothing`, predictions or `reduction="none"`) writes their gradient in
-        forward, where logits want one, and reads them only once. Backward then reads the upstream gradient
-        alone, and where that is not 1 multiplies the gradient by it in place: give the divisor of a summed
-        loss as `num_items` rather than divide afterwards.
+        A GPU that can keep a row of bfloat16 logits on the chip (an H100 up to 163 840 classes, a multiple of
+        8; no `softcap`, `label_smoothing`, predictions or `reduction="none"`) reads them only once: forward
+        writes their gradient too, where one is wanted. Backward then reads the upstream gradient alone, and
+        multiplies by it in place where it is not 1: give the divisor of a summed loss as `num_items` rather
+        than divide afterwards.
     """
     num_items = _one_number(num_items, logits.device)
     outputs = _cross_entropy(
