@@ -268,11 +268,10 @@ class TestOnePass:
             first.sum().backward()
 
     def test_compiled(self, logits, target):
-        """The graph has the same kernels, so the same bits."""
+        """A graph, which could not multiply in place, reads the logits twice."""
         expected = gradient(cross_entropy, logits, target)
-        compiled = torch.compile(cross_entropy, fullgraph=True)
-        for a, b in zip(gradient(compiled, logits, target), expected, strict=True):
-            assert torch.equal(a, b)
+        ours = gradient(torch.compile(cross_entropy, fullgraph=True), logits, target)
+        torch.testing.assert_close(ours, expected)
 
     def test_strides_and_alignment(self, target):
         wide = torch.randn(64, 4096 + 24, device="cuda").bfloat16()

@@ -233,9 +233,8 @@ const CrossEntropyDevice kCrossEntropyCuda = {.totals = totals_cuda,
 
 bool reads_logits_once_cuda(int64_t classes, c10::DeviceIndex device) {
   using T = __nv_bfloat16;
-  // A build with CUDA may see logits of a GPU that is not there: fake ones.
-  if (c10::cuda::device_count() == 0 || classes % cuda::kVecSize<T> != 0) return false;
-  const c10::cuda::OptionalCUDAGuard guard(device < 0 ? c10::cuda::current_device() : device);
+  if (classes % cuda::kVecSize<T> != 0) return false;
+  const c10::cuda::CUDAGuard guard(device);
   return with_resident_config(
       classes / cuda::kVecSize<T>, [](auto config) { return cuda::fits_shared_memory(config.shared_bytes); });
 }

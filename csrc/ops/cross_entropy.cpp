@@ -1,5 +1,6 @@
 #include "ops/cross_entropy.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -295,20 +296,14 @@ struct CrossEntropyOnePassBackward : BackwardNode<CrossEntropyOnePassBackward> {
 namespace {
 
 // Whether the gradient is computed with the loss: where that spares a read of the logits, which only the
-// kernel does that keeps a 16-bit row on the chip, and where nothing is lost by a factor that comes later:
-// float16 could not hold the gradient before it.
+// kernel does that keeps a 16-bit row on the chip, and where nothing is lost by a factor that comes later.
+// float16 could not hold the gradient before it, and graphs and sharded tensors could not multiply in place.
 bool takes_one_pass(const at::Tensor& logits, double label_smoothing, std::optional<double> softcap,
     std::string_view reduction, bool returns_predictions) {
-  if (!logits.device().is_cuda() || reads_logits_once == nullptr) return false;
+  if (!logits.is_cuda() || at::isTensorSubclassLike(logits)) return false;
   if (logits.scalar_type() != at::kBFloat16 || logits.dim() != 2) return false;
   if (reduction == "none" || label_smoothing != 0 || softcap || returns_predictions) return false;
-  const auto classes = logits.sym_size(1).maybe_as_int();
-  return classes && reads_logits_once(*classes, logits.device().index());
-}
-
-void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->requires_grad(),
-      "liger::cross_entropy: the gradient with respect to ", name, " is not implemented; detach() it");
+  return reads_logits_once != nullptr && reads_logits_once(logits.size(1), logits.device().index());
 }
 
 }  // namespace
@@ -320,8 +315,8 @@ CrossEntropyOutputs cross_entropy_autograd(const at::Tensor& logits, const at::T
     bool return_predicted_tokens) {
   constexpr auto op = "cross_entropy";
   if (at::GradMode::is_enabled()) {
-    check_no_gradient("weight", weight);
-    check_no_gradient("num_items", num_items);
+    check_no_gradient(op, "weight", weight);
+    check_no_gradient(op, "num_items", num_items);
   }
   check_no_tangent(op, logits, weight, num_items);
   const auto forward = [&](bool need_dlogits) {

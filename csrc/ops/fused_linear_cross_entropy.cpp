@@ -261,16 +261,6 @@ struct FusedLinearCrossEntropyUnreducedBackward : BackwardNode<FusedLinearCrossE
   }
 };
 
-namespace {
-
-void check_no_gradient(const char* name, const std::optional<at::Tensor>& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor || !tensor->requires_grad(),
-      "liger::fused_linear_cross_entropy: the gradient with respect to ", name,
-      " is not implemented; detach() it");
-}
-
-}  // namespace
-
 CrossEntropyOutputs fused_linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& target, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& ce_weight, int64_t ignore_index, double label_smoothing,
@@ -280,8 +270,8 @@ CrossEntropyOutputs fused_linear_cross_entropy_autograd(const at::Tensor& input,
     bool return_predicted_tokens, std::optional<at::ScalarType> compute_dtype) {
   constexpr auto op = "fused_linear_cross_entropy";
   if (at::GradMode::is_enabled()) {
-    check_no_gradient("ce_weight", ce_weight);
-    check_no_gradient("num_items", num_items);
+    check_no_gradient(op, "ce_weight", ce_weight);
+    check_no_gradient(op, "num_items", num_items);
   }
   check_no_tangent(op, input, weight, bias, ce_weight, num_items);
   const auto without_gradients = [&] {

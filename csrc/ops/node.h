@@ -211,6 +211,12 @@ void check_no_tangent(const char* op, const Inputs&... inputs) {
       ": forward-mode differentiation is not implemented; use reverse mode (torch.autograd.grad)");
 }
 
+// Refuses an argument that wants a gradient which the operator does not compute. With gradients enabled.
+inline void check_no_gradient(const char* op, const char* name, const std::optional<at::Tensor>& argument) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!argument || !argument->requires_grad(), "liger::", op,
+      ": the gradient with respect to ", name, " is not implemented; detach() it");
+}
+
 // A node that leads to the inputs, or null when none of them wants a gradient.
 template <typename Node, typename... Inputs>
 std::shared_ptr<Node> make_node(const char* op, const Inputs&... inputs) {
