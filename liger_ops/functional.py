@@ -448,10 +448,10 @@ def cross_entropy(
         Forward reads the logits once. Backward reads them and writes their gradient.
 
         A GPU that can keep a row of bfloat16 logits on the chip (an H100 up to 163 840 classes, a multiple of
-        8; no `softcap`, `label_smoothing`, predictions or `reduction="none"`) reads them only once: forward
-        writes their gradient too, where one is wanted. (Not in compiled graphs.) Backward then reads the upstream gradient alone, and
-        multiplies by it in place where it is not 1: give the divisor of a summed loss as `num_items` rather
-        than divide afterwards.
+        8; no `softcap`, `label_smoothing`, predictions, `reduction="none"` or compiled graph) reads them only
+        once: forward writes their gradient too, where one is wanted. Backward then reads the upstream
+        gradient alone, and multiplies by it in place where it is not 1: give the divisor of a summed loss as
+        `num_items` rather than divide afterwards.
     """
     num_items = _one_number(num_items, logits.device)
     outputs = _cross_entropy(
