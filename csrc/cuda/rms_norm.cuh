@@ -9,12 +9,12 @@
 // RESIDUAL: x and residual read, sum and y written.
 //
 // Backward: dx = rstd * (m - n * mean(m * n)) with m = dy * (offset + weight); RESIDUAL adds dsum: the
-// gradient of x and of residual. Each block of a grid that fits the GPU takes rows
-// beside those of its neighbours (RowSteps). A row's threads take ROWS of them at a time, whose sums share a
-// barrier, while the next are copied to shared memory (RowRing): one block of few warps keeps a
-// multiprocessor's share of memory busy. Each thread keeps its columns' part of dweight = sum(dy * n) in
-// registers, each block writes one row of partial sums, and column_sum_kernel adds those in order. Bytes: dy,
-// x and dsum read once, dx written once, plus the partial sums, which stay in L2.
+// gradient of x and of residual. Each block of a grid that fits the GPU takes rows beside those of its
+// neighbours (RowSteps). A row's threads take ROWS of them at a time, whose sums share a barrier, while the
+// next are copied to shared memory (RowRing): one block of few warps keeps a multiprocessor's share of memory
+// busy. Each thread keeps its columns' part of dweight = sum(dy * n) in registers, each block writes one row
+// of partial sums, and column_sum_kernel adds those in order. Bytes: dy, x and dsum read once, dx written
+// once, plus the partial sums, which stay in L2.
 //
 // Rows that are too wide for a block, and rows that vectors do not fit, are read twice: forward by
 // rms_norm_forward_loop_kernel; backward first by rows for mean(m * n), then by columns, where nothing is
