@@ -32,8 +32,9 @@ def sampled(work: Callable[[], object], gpu: str | None = None) -> dict[str, flo
         gpu: which one, as nvidia-smi names it; by default PyTorch's current one.
 
     Returns:
-        `sm_mhz`, `max_sm_mhz`, `watts`, `max_watts`, and `power_capped`, the share of samples in which the
-        driver held the clocks down to stay within the power limit. None where nvidia-smi does not tell.
+        `sm_mhz`, `max_sm_mhz`, `watts`, `max_watts`, `samples`, their number, and `power_capped`, the share
+        of them in which the driver held the clocks down to stay within the power limit. None where
+        nvidia-smi does not tell.
     """
     gpu = gpu or f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     try:

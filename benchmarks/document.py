@@ -511,16 +511,12 @@ def kernel_time_lines(models: dict[str, dict], results: list[dict]) -> list[str]
         times = [record["kernel_times"].get(group, {"ms": 0})["ms"] for group in groups]
         cells = [models[record["model"]]["title"], record["provider"]]
         cells += [f"{ms:.1f}" for ms in (*times, sum(times))]
-        clocks = record.get("clocks")
-        cells += (
-            [
-                f"{clocks['sm_mhz']:.0f} of {clocks['max_sm_mhz']:.0f}",
-                f"{clocks['watts']:.0f} of {clocks['max_watts']:.0f}",
-                f"{clocks['power_capped']:.0%}",
-            ]
-            if clocks
-            else [""] * 3
-        )
+        if clocks := record.get("clocks"):
+            cells.append(f"{clocks['sm_mhz']:.0f} of {clocks['max_sm_mhz']:.0f}")
+            cells.append(f"{clocks['watts']:.0f} of {clocks['max_watts']:.0f}")
+            cells.append(f"{clocks['power_capped']:.0%}")
+        else:
+            cells += [""] * 3
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from liger_ops._library import load
+from liger_ops._numbers import one_number
 
 load()
 
@@ -371,16 +372,6 @@ def _cross_entropy_output(
     )
 
 
-def _one_number(value: Tensor | float | None, device: torch.device) -> Tensor | None:
-    """A tensor of the value on the device, which the host does not wait for."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True).reshape(())
-    # A fill on the device: copying a number there would wait for it.
-    return torch.full((), value, device=device, dtype=torch.float32)
-
-
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -453,7 +444,7 @@ def cross_entropy(
         gradient alone, and multiplies by it in place where it is not 1: give the divisor of a summed loss as
         `num_items` rather than divide afterwards.
     """
-    num_items = _one_number(num_items, logits.device)
+    num_items = one_number(num_items, logits.device)
     outputs = _cross_entropy(
         logits,
         target,
@@ -538,7 +529,7 @@ def fused_linear_cross_entropy(
         with them), and each chunk of logits: written by its product, read for the loss, replaced by its
         gradient, and read by two products.
     """
-    num_items = _one_number(num_items, input.device)
+    num_items = one_number(num_items, input.device)
     outputs = _fused_linear_cross_entropy(
         input,
         weight,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+from liger_ops._numbers import one_number
 from liger_ops.functional import CrossEntropyOutput
 
 _forward = torch.ops.liger.cross_entropy_forward.default
@@ -441,11 +442,7 @@ def _output(
     if reduction == "mean":
         if num_items is None:
             num_items = (~ignored).sum()
-        if isinstance(num_items, Tensor):
-            divisor = num_items.detach().to(loss.device, loss.dtype, non_blocking=True).reshape(())
-        else:
-            # A fill on the device: copying a number there would wait for it.
-            divisor = torch.full((), num_items, dtype=loss.dtype, device=loss.device)
+        divisor = one_number(num_items, loss.device, loss.dtype).detach()
         # 0 stands for "no target counts": loss and gradient are 0.
         counts = divisor != 0
         divisor = divisor.where(counts, 1)

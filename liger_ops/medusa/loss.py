@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import liger_ops.functional as LF
+from liger_ops._numbers import one_number
 from liger_ops.medusa.heads import HeadTensors, autocast_dtype, residual_block
 
 
@@ -84,14 +85,9 @@ def medusa_loss(
             "the gradient with respect to coefficients is not implemented; detach() them"
         )
     targets = targets.to(hidden_states.device)
-    # Once for all heads.
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(hidden_states.device, non_blocking=True)
-    elif num_items is not None:
-        num_items = torch.full((), num_items, device=hidden_states.device, dtype=torch.float32)
     options = dict(
         ignore_index=ignore_index,
-        num_items=num_items,
+        num_items=one_number(num_items, hidden_states.device),  # once for all heads
         softcap=softcap,
         accum_dtype=accum_dtype,
         workspace_bytes=workspace_bytes,
